@@ -1,0 +1,49 @@
+# Two commands do everything: `make demo` and `make test`. Nothing is installed outside this folder.
+
+UV := $(shell command -v uv 2>/dev/null || echo .tools/uv/bin/uv)
+BIN := .venv/bin
+PYTHON ?= python3
+
+.PHONY: setup demo test lint format lock wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup   the environment, in .venv"
+	@echo "make demo    phantom slides -> training -> scores -> report (five minutes at most)"
+	@echo "make test    the tests"
+	@echo "make lint    ruff and mypy"
+
+setup: .venv/.done
+
+.venv/.done: requirements.lock.txt pyproject.toml .python-version
+	@test -x "$$(command -v $(UV))" || { $(PYTHON) -m venv .tools/uv && .tools/uv/bin/python -m pip install --quiet uv; }
+	@test -d .venv || $(UV) venv --quiet .venv
+	$(UV) pip install --quiet --python .venv --requirement requirements.lock.txt
+	$(UV) pip install --quiet --python .venv --no-deps --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/slideflow-ray demo --out demo-out
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Pins for everything, without the name of any host. Run it to move to newer versions.
+lock:
+	$(UV) pip compile pyproject.toml --group dev --no-annotate --no-header --python-version 3.12 --upgrade \
+	  --output-file requirements.lock.txt --quiet
+
+wheel: setup
+	$(UV) build --quiet --out-dir dist
+
+clean:
+	rm -rf .venv .tools demo-out dist .pytest_cache .mypy_cache .ruff_cache
