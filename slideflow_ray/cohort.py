@@ -1,0 +1,129 @@
+"""cohort.csv -> items: unique ids, known columns, no patient and no identical file in two splits."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from slideflow_ray.errors import CohortError, ConfigError, SplitLeakError
+from slideflow_ray.specs import Modality, Spec, relative_to
+
+Split = Literal["train", "val", "test"]
+
+
+class Item(Spec):
+    """What a row of the cohort names. Empty cells are None; `uri` is absolute or has a scheme."""
+
+    slide_id: Annotated[str, Field(min_length=1, max_length=255)]
+    uri: Annotated[str, Field(min_length=1)]
+    patient_id: str | None = None
+    split: Split | None = None
+    label: str | None = None
+    annotation: str | None = None
+    mpp: float | None = None
+    stain: str | None = None
+    modality: Modality = "he"
+    scanner: str | None = None
+    site: str | None = None
+    sequence: str | None = None
+    section: str | None = None
+    sha256: str | None = None
+    mask: str | None = None
+
+    @field_validator("slide_id")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        if not value.isprintable() or value.strip() != value:
+            raise ValueError("must be printable and must not begin or end with a space")
+        return value
+
+    @property
+    def patient(self) -> str:
+        """The patient, or the slide itself where the cohort names none."""
+        return self.patient_id or self.slide_id
+
+
+COLUMNS = tuple(Item.model_fields)
+
+
+def read_cohort(path: str | Path) -> tuple[Item, ...]:
+    """Read a cohort.csv; uris, annotations and masks are relative to the file.
+
+    Raises CohortError naming the row and column that cannot be used, SplitLeakError
+    when one patient stands in two splits.
+    """
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no cohort {path}.") from error
+    except (UnicodeDecodeError, csv.Error, IsADirectoryError) as error:
+        raise CohortError(f"{path} is not a UTF-8 CSV file: {error}.") from error
+    if not rows:
+        raise CohortError(f"{path} has no rows.")
+    _check_columns(path, rows[0])
+    items = tuple(_item(path, number, row) for number, row in enumerate(rows, start=2))
+    check_unique(items)
+    check_splits(items)
+    return items
+
+
+def _check_columns(path: Path, row: Mapping[str | None, object]) -> None:
+    named = [name for name in row if name is not None]
+    missing = {"slide_id", "uri"} - set(named)
+    unknown = set(named) - set(COLUMNS)
+    if missing or unknown:
+        what = [f"lacks the column {name!r}" for name in sorted(missing)]
+        what += [f"has an unknown column {name!r}" for name in sorted(unknown)]
+        raise CohortError(f"{path} {' and '.join(what)}; the columns are {', '.join(COLUMNS)}.")
+
+
+def _item(path: Path, number: int, row: Mapping[str | None, object]) -> Item:
+    if None in row:
+        raise CohortError(f"{path}, line {number}: more cells than columns.")
+    values = {key: value for key, value in row.items() if value not in (None, "")}
+    here = path.resolve().parent
+    for key in ("uri", "annotation", "mask"):
+        if isinstance(cell := values.get(key), str):
+            values[key] = relative_to(here, cell)
+    try:
+        return Item.parse({str(key): value for key, value in values.items()}, f"{path}, line {number}")
+    except ConfigError as error:
+        raise CohortError(error.message) from error
+
+
+def single_slide(uri: str, mpp: float | None = None) -> tuple[Item, ...]:
+    """Return the cohort of one slide given on the command line; its id is the file's stem."""
+    uri = relative_to(Path.cwd(), uri)
+    return (Item(slide_id=Path(uri).stem or "slide", uri=uri, mpp=mpp),)
+
+
+def check_unique(items: Iterable[Item]) -> None:
+    """Raise CohortError when a slide_id stands twice."""
+    seen: set[str] = set()
+    for item in items:
+        if item.slide_id in seen:
+            raise CohortError(f"slide_id {item.slide_id!r} stands twice in the cohort.")
+        seen.add(item.slide_id)
+
+
+def check_splits(items: Sequence[Item], identities: Mapping[str, str] | None = None) -> None:
+    """Raise SplitLeakError when a patient, or a file by its `identities` (slide_id -> identity), is in two splits."""
+    _one_split_each((i.patient, i) for i in items if i.split)
+    hashes = identities or {i.slide_id: i.sha256 for i in items if i.sha256}
+    _one_split_each((f"file {hashes[i.slide_id]}", i) for i in items if i.split and i.slide_id in hashes)
+
+
+def _one_split_each(pairs: Iterable[tuple[str, Item]]) -> None:
+    splits: dict[str, dict[str, str]] = defaultdict(dict)
+    for who, item in pairs:
+        splits[who].setdefault(str(item.split), item.slide_id)
+        if len(splits[who]) > 1:
+            where = ", ".join(f"{split} ({slide})" for split, slide in splits[who].items())
+            raise SplitLeakError(f"{who!r} stands in more than one split: {where}.")

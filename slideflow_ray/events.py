@@ -1,0 +1,82 @@
+"""What happens in a run, as small values; progress, logs and metrics listen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """A run has its cohort, models and executor."""
+
+    slides: int
+    models: tuple[str, ...]
+    executor: str
+    workers: int
+
+
+@dataclass(frozen=True)
+class SlidePlanned:
+    """A slide's grid is committed; `todo` of its `tiles` still need a forward pass."""
+
+    slide_id: str
+    tiles: int
+    chunks: int
+    chunks_todo: int
+    tiles_todo: int
+
+
+@dataclass(frozen=True)
+class ChunkScored:
+    """One chunk of one slide has its scores in the store."""
+
+    slide_id: str
+    chunk: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class SlideDone:
+    """Every chunk of the slide is scored and committed. `outcome` is 'scored', 'no_tissue' or 'unchanged'."""
+
+    slide_id: str
+    outcome: str
+    tiles: int
+
+
+@dataclass(frozen=True)
+class SlideFailed:
+    """The slide ends with an error; the others go on."""
+
+    slide_id: str
+    code: str
+    message: str
+    refused: bool
+
+
+@dataclass(frozen=True)
+class WorkerDied:
+    """A worker process or actor was lost; what it held is tried again."""
+
+    worker: str
+    slides: tuple[str, ...]
+    cause: str
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """Every item has ended: the three counts add up to the cohort."""
+
+    done: int
+    failed: int
+    refused: int
+    seconds: float
+
+
+Event = RunStarted | SlidePlanned | ChunkScored | SlideDone | SlideFailed | WorkerDied | RunFinished
+Listener = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Listen to nothing."""

@@ -1,0 +1,192 @@
+"""Frozen settings, each with a digest of what determines results; unknown keys are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from slideflow_ray.errors import ConfigError
+
+CHUNK_BYTES = 64 * 2**20
+"""A chunk's raw pixels stay below this, so that a worker holds a few of them without thinking."""
+
+Modality = Literal["he", "pas", "silver", "ihc", "tem", "mri"]
+Precision = Literal["auto", "bf16", "fp32"]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def digest(value: object) -> str:
+    """Return 12 hex digits of the SHA-256 of `value`'s canonical JSON.
+
+    >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+    True
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Spec(BaseModel):
+    """A frozen value whose unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def digest(self) -> str:
+        """Return 12 hex digits that change exactly when a setting does."""
+        return digest(self.model_dump(mode="json"))
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Return the spec, or raise ConfigError naming each bad key and `where` it stands."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc'])) or '(all)'}: {e['msg']}" for e in error.errors()]
+            raise ConfigError(f"{where}: " + "; ".join(lines) + ".") from error
+
+
+class TissueSpec(Spec):
+    """How tissue is found on a thumbnail; `mpp` is the thumbnail's um per pixel."""
+
+    rule: Literal["auto", "he", "everything"] = "auto"
+    mpp: Positive = 8.0
+    min_area_um2: Annotated[float, Field(ge=0)] = 4000.0
+    max_hole_um2: Annotated[float, Field(ge=0)] = 4000.0
+
+
+class TileSpec(Spec):
+    """Regular tiles of `tile_px` x `tile_px` pixels at `mpp` um per pixel, on tissue.
+
+    A tile is kept when at least `min_tissue` of its area is tissue, and any of it is.
+    """
+
+    tile_px: Annotated[int, Field(ge=8, le=4096)]
+    mpp: Positive
+    stride_px: Annotated[int, Field(ge=1)] | None = None
+    min_tissue: Fraction = 0.05
+
+    @property
+    def step_px(self) -> int:
+        """Pixels from one tile to the next, at `mpp`."""
+        return self.stride_px or self.tile_px
+
+
+class StoreSpec(Spec):
+    """What is kept: `tiles` raw and lossless, or none. `chunk_rows` = 0 derives the chunk from the tile's size."""
+
+    tiles: Literal["lossless", "none"] = "lossless"
+    chunk_rows: Annotated[int, Field(ge=0)] = 0
+
+    def rows(self, tile_px: int) -> int:
+        """Return B, the tiles of one chunk: a power of two, raw pixels at most 64 MB, 16 to 1,024.
+
+        >>> StoreSpec().rows(224), StoreSpec().rows(256), StoreSpec().rows(512)
+        (256, 256, 64)
+        """
+        if self.chunk_rows:
+            return self.chunk_rows
+        fit = CHUNK_BYTES // (tile_px * tile_px * 3)
+        return int(min(1024, max(16, 1 << (max(1, fit).bit_length() - 1))))
+
+
+class ComputeSpec(Spec):
+    """What a user asks of the computation; the compute profile is what it becomes on a machine."""
+
+    precision: Precision = "auto"
+    micro_batch: Annotated[int, Field(ge=0)] = 0
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class ModelSpec(Spec):
+    """One bundle of the run and where it applies."""
+
+    path: str
+    where: dict[str, str] = {}
+    on: str = "tissue"
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        if self.on != "tissue":
+            raise ValueError(f'on = "{self.on}" is not supported yet; use "tissue"')
+        unknown = set(self.where) - {"modality", "stain", "scanner", "site", "sequence"}
+        if unknown:
+            raise ValueError(f"where has unknown columns {sorted(unknown)}")
+        return self
+
+
+class ExecutorSpec(Spec):
+    """Where the run is worked off. `workers` = 0 takes every core (or GPU) the executor may use."""
+
+    kind: Literal["inline", "ray"] = "inline"
+    address: str | None = None
+    workers: Annotated[int, Field(ge=0)] = 0
+    readers_per_gpu: Annotated[int, Field(ge=1)] = 4
+
+
+class LabelSpec(Spec):
+    """How annotations become labels per tile; `names` maps an annotation's class name to a class of the model."""
+
+    rule: Literal["centre"] = "centre"
+    names: dict[str, str] = {}
+
+
+class RunSpec(Spec):
+    """Everything a run is told (run.toml).
+
+    Each bundle brings its own tiles; `tile` names further ones to lay and store without a
+    model, as training does.
+    """
+
+    cohort: str
+    out: str
+    model: tuple[ModelSpec, ...] = ()
+    tile: tuple[TileSpec, ...] = ()
+    stride_px: Annotated[int, Field(ge=1)] | None = None
+    min_tissue: Fraction = 0.05
+    tissue: TissueSpec = TissueSpec()
+    store: StoreSpec = StoreSpec()
+    compute: ComputeSpec = ComputeSpec()
+    executor: ExecutorSpec = ExecutorSpec()
+    labels: LabelSpec = LabelSpec()
+    dask: Literal["threads", "ray"] = "threads"
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if not self.model and not self.tile:
+            raise ValueError("name at least one [[model]] (or a [[tile]] to store tiles without scoring)")
+        return self
+
+
+def load_run(path: Path) -> RunSpec:
+    """Read run.toml; relative paths in it are relative to the file.
+
+    Raises ConfigError when the file is missing, is not TOML, or has an unknown or bad key.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no {path}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    here = path.resolve().parent
+    for key in ("cohort", "out"):
+        if isinstance(values.get(key), str):
+            values[key] = relative_to(here, values[key])
+    for model in values.get("model", []):
+        if isinstance(model, dict) and isinstance(model.get("path"), str):
+            model["path"] = relative_to(here, model["path"])
+    return RunSpec.parse(values, str(path))
+
+
+def relative_to(folder: Path, uri: str) -> str:
+    """Return `uri` unchanged if it is absolute or has a scheme, else as a path below `folder`."""
+    if "://" in uri or Path(uri).is_absolute():
+        return uri
+    return str(folder / uri)
