@@ -1,0 +1,279 @@
+"""SlideStore: one zarr group per slide; nodes named by digest, rows in whole shards, commits.
+
+Layout (docs: DESIGN section 4)::
+
+    <out>/slides/<slide>.zarr/        one zarr v3 group per slide
+        tissue/<d>/mask               bool (h, w)
+        items/<d>                     the item's row, as attributes
+        grids/<g>/xy_px0 ...          the table of boxes
+        grids/<g>/tiles               uint8 (N, T, T, 3), shard = chunk of the run
+        labels/<g>/<labelset>         int8 (N, K)
+        scores/<g>/<m>                float32 (N, C) margins
+        heatmaps/<g>/<m>              OME-Zarr 0.5
+    <out>/commits/<slide>/<node>.json what must be there, byte for byte
+
+A node is written once by one writer and never overwritten: its name ends in 12 hex
+digits of everything that determines it. Done means committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.array_spec import ArrayConfigParams
+
+from slideflow_ray import storage
+from slideflow_ray.errors import CorruptStore, StoreError
+from slideflow_ray.identity import file_sha256
+
+SCHEMA = 1
+INNER_ROWS = 16
+"""Tiles of one inner chunk: what a viewer decodes to show one tile."""
+_CONFIG: ArrayConfigParams = {"write_empty_chunks": True, "read_missing_chunks": False}
+_COMPRESSORS = (ZstdCodec(level=1), Crc32cCodec())
+_PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+
+Array = npt.NDArray[Any]
+AnyZarrArray = zarr.Array[Any]
+
+
+def folder_name(slide_id: str) -> str:
+    """Return a file name for any slide_id: itself where that is harmless, else a readable stem and a digest.
+
+    >>> folder_name("tumor_001"), folder_name("a/b").startswith("a_b-")
+    ('tumor_001', True)
+    """
+    if _PLAIN.fullmatch(slide_id):
+        return slide_id
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", slide_id)[:60]
+    return f"{stem}-{hashlib.sha256(slide_id.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a committed node holds: `outcome` and, per key, its length in bytes and SHA-256."""
+
+    node: str
+    outcome: str
+    keys: Mapping[str, tuple[int, str]]
+
+
+class SlideStore:
+    """The results of one slide below `out`."""
+
+    def __init__(self, out: str | Path, slide_id: str) -> None:
+        self.slide_id = slide_id
+        self.root = Path(out) / "slides" / f"{folder_name(slide_id)}.zarr"
+        self.commits = Path(out) / "commits" / folder_name(slide_id)
+
+    # groups and attributes
+
+    def describe(self, attributes: Mapping[str, Any]) -> None:
+        """Write what the slide is (schema, slide_id, uri, identity, size_px0, mpp0, levels, reader)."""
+        wanted = {"schema": SCHEMA, "slide_id": self.slide_id, **attributes}
+        group = zarr.open_group(self.root, mode="a")
+        if dict(group.attrs) != wanted:
+            group.attrs.put(wanted)
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """What `describe` wrote. Raises StoreError for a foreign schema or a missing store."""
+        try:
+            attributes = dict(zarr.open_group(self.root, mode="r").attrs)
+        except FileNotFoundError as error:
+            raise StoreError(f"There is no store for {self.slide_id!r} at {self.root}.") from error
+        if attributes.get("schema") != SCHEMA:
+            raise StoreError(f"{self.root} has schema {attributes.get('schema')}; this version reads {SCHEMA}.")
+        return attributes
+
+    def make_group(self, node: str, attributes: Mapping[str, Any] | None = None) -> None:
+        """Create the group `node` and those above it, with attributes."""
+        group = zarr.open_group(self.root, mode="a").require_group(node)
+        if attributes and dict(group.attrs) != dict(attributes):
+            group.attrs.put(dict(attributes))
+
+    def node_attrs(self, node: str) -> dict[str, Any]:
+        """Return the attributes of a group or an array."""
+        return dict(zarr.open(self.root, path=node, mode="r").attrs)
+
+    # arrays
+
+    def create_rows(
+        self,
+        node: str,
+        shape: tuple[int, ...],
+        dtype: npt.DTypeLike,
+        chunk_rows: int,
+        *,
+        fill: float | bool,
+        sharded: bool = False,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Create an array with rows first whose chunk (or shard) is `chunk_rows` rows; do nothing if it exists."""
+        if self.has(f"{node}/zarr.json"):
+            return
+        if parent := node.rpartition("/")[0]:
+            self.make_group(parent)
+        whole = (chunk_rows, *shape[1:])
+        zarr.create_array(
+            self.root,
+            name=node,
+            shape=shape,
+            dtype=dtype,
+            chunks=(min(INNER_ROWS, chunk_rows), *shape[1:]) if sharded else whole,
+            shards=whole if sharded else None,
+            compressors=_COMPRESSORS,
+            fill_value=fill,
+            attributes=dict(attributes or {}),
+            config=_CONFIG,
+        )
+
+    def write_array(self, node: str, values: Array, attributes: Mapping[str, Any] | None = None) -> None:
+        """Create and write a small array in one chunk."""
+        rows = max(1, values.shape[0])
+        fill = float("nan") if values.dtype.kind == "f" else False if values.dtype.kind == "b" else 0
+        self.create_rows(node, values.shape, values.dtype, rows, fill=fill, attributes=attributes)
+        self.write_chunk(node, 0, values)
+
+    def write_chunk(self, node: str, chunk: int, rows: Array) -> None:
+        """Write one whole chunk (or shard): the rows from chunk * B on. One writer per chunk."""
+        array = self._open(node, "r+")
+        start = chunk * self._rows_of(array)
+        stop = min(start + self._rows_of(array), array.shape[0])
+        if rows.shape != (stop - start, *array.shape[1:]):
+            raise StoreError(f"{node} chunk {chunk} wants {(stop - start, *array.shape[1:])}, got {rows.shape}.")
+        if stop > start:
+            array[start:stop] = rows
+
+    def read(self, node: str, chunk: int | None = None) -> Array:
+        """Return the whole array, or the rows of one chunk.
+
+        Raises CorruptStore when a chunk is missing or its checksum is wrong.
+        """
+        try:
+            array = self._open(node, "r")
+            b = self._rows_of(array)
+            return np.asarray(array[:] if chunk is None else array[chunk * b : (chunk + 1) * b])
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.slide_id}: there is no node {node}.") from error
+        except (ValueError, RuntimeError, zarr.errors.ChunkNotFoundError) as error:
+            raise CorruptStore(f"{self.slide_id}: {node} cannot be read: {error}") from error
+
+    def chunks_todo(self, node: str) -> list[int]:
+        """Return the chunks of `node` that have no key yet, which is what is left to do."""
+        array = self._open(node, "r")
+        tail = "/0" * (array.ndim - 1)
+        n = -(-array.shape[0] // self._rows_of(array))
+        return [i for i in range(n) if not self.has(f"{node}/c/{i}{tail}")]
+
+    def has_chunk(self, node: str, chunk: int, ndim: int) -> bool:
+        """Return whether the chunk is written (a key that exists is complete)."""
+        return self.has(f"{node}/c/{chunk}{'/0' * (ndim - 1)}")
+
+    def has(self, key: str) -> bool:
+        """Return whether a key of the store exists."""
+        return (self.root / key).exists()
+
+    def nodes(self, folder: str) -> list[str]:
+        """Return the committed nodes below `folder`, such as 'grids' or 'scores/<g>', sorted."""
+        top = self.commits / folder
+        return sorted(str(p.relative_to(self.commits).with_suffix("")) for p in top.rglob("*.json"))
+
+    def _open(self, node: str, mode: Any) -> AnyZarrArray:
+        return zarr.open_array(self.root, path=node, mode=mode, config=_CONFIG)
+
+    @staticmethod
+    def _rows_of(array: AnyZarrArray) -> int:
+        return int((array.shards or array.chunks)[0])
+
+    # commits
+
+    def commit(self, node: str, outcome: str = "done") -> Commit:
+        """Record that `node` is complete: every key below it with its length and checksum. Created once, last."""
+        made = Commit(node, outcome, dict(self._keys(node)))
+        record = {"schema": SCHEMA, "node": node, "outcome": outcome, "keys": made.keys}
+        if not storage.create(self._commit_path(node), storage.to_json(record)):
+            there = self.committed(node)
+            if there != made:
+                raise CorruptStore(f"{self.slide_id}: {node} is committed with other bytes.")
+        return made
+
+    def committed(self, node: str) -> Commit | None:
+        """Return the commit of `node`, or None while it is not complete."""
+        record = storage.read_json(self._commit_path(node))
+        if record is None:
+            return None
+        keys = {key: (int(length), str(sha)) for key, (length, sha) in record["keys"].items()}
+        return Commit(record["node"], record["outcome"], keys)
+
+    def verify(self, node: str) -> list[str]:
+        """Return what differs from the commit of `node`, one sentence each; nothing when all is well."""
+        commit = self.committed(node)
+        if commit is None:
+            return [f"{self.slide_id}: {node} is not committed."]
+        wrong = []
+        for key, (length, sha) in sorted(commit.keys.items()):
+            path = self.root / key
+            if not path.exists():
+                wrong.append(f"{self.slide_id}: {key} is lost.")
+            elif path.stat().st_size != length or file_sha256(path) != sha:
+                wrong.append(f"{self.slide_id}: {key} has other bytes than were committed.")
+        return wrong
+
+    def _keys(self, node: str) -> Iterator[tuple[str, tuple[int, str]]]:
+        for path in sorted((self.root / node).rglob("*")):
+            if path.is_file() and not path.name.endswith(".partial") and not self._is_other_node(node, path):
+                yield path.relative_to(self.root).as_posix(), (path.stat().st_size, file_sha256(path))
+
+    def _is_other_node(self, node: str, path: Path) -> bool:
+        """A grid's tiles are a node of their own, with a commit of their own."""
+        inside = path.relative_to(self.root / node).as_posix()
+        return node.startswith("grids/") and node.count("/") == 1 and inside.startswith("tiles/")
+
+    def _commit_path(self, node: str) -> Path:
+        return self.commits / f"{node}.json"
+
+
+def stores(out: str | Path) -> list[SlideStore]:
+    """Return the stores below `out`, by slide_id."""
+    found = []
+    for folder in sorted((Path(out) / "slides").glob("*.zarr")):
+        slide_id = zarr.open_group(folder, mode="r").attrs.get("slide_id")
+        if slide_id is not None:
+            found.append(SlideStore(out, str(slide_id)))
+    return found
+
+
+def verify(out: str | Path) -> tuple[int, list[str]]:
+    """Compare every committed node below `out` with the disk; return how many nodes, and what is wrong."""
+    nodes, wrong = 0, []
+    for store in stores(out):
+        for node in store.nodes(""):
+            nodes += 1
+            wrong += store.verify(node)
+    return nodes, wrong
+
+
+def tree_digest(out: str | Path) -> str:
+    """Return one SHA-256 over stores, commits and tables, which two equal runs share.
+
+    Left out are run.json, reports and what only this machine needs (lease, cache).
+    """
+    out = Path(out)
+    roots = [out / "slides", out / "commits"]
+    tables = [p for p in out.glob("*") if p.suffix in {".parquet", ".csv"} or p.name in _TABLES]
+    files = sorted([p for root in roots for p in root.rglob("*") if p.is_file()] + tables)
+    lines = "".join(f"{file_sha256(p)}  {p.relative_to(out).as_posix()}\n" for p in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+_TABLES = {"operating_points.json", "confusion.json"}
