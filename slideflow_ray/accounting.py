@@ -1,0 +1,169 @@
+"""How every item of a cohort ended: exactly one of done, failed(code), refused(code)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from slideflow_ray import storage
+from slideflow_ray.cohort import Item
+from slideflow_ray.errors import ConfigError
+from slideflow_ray.pipeline import Context
+from slideflow_ray.specs import RunSpec
+from slideflow_ray.store import folder_name
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an item ended. `status` is done, failed or refused; `outcome` says more about done.
+
+    `laid` are the slide's grids, `grids` the pairs (grid, model) that are scored.
+    """
+
+    slide_id: str
+    status: str
+    outcome: str = ""
+    tiles: int = 0
+    identity: str = ""
+    laid: tuple[str, ...] = ()
+    grids: tuple[tuple[str, str], ...] = ()
+    code: str = ""
+    message: str = ""
+    next_step: str = ""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to. `changed` is False when everything was there already."""
+
+    ended: tuple[Ended, ...]
+    changed: bool
+    seconds: float
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Items by status; the three add up to the cohort."""
+        found = Counter(item.status for item in self.ended)
+        return {status: found[status] for status in ("done", "failed", "refused")}
+
+
+# failures are results: each is written when it happens, so a killed run keeps what it learned
+
+
+def _note(out: Path, slide_id: str) -> Path:
+    return out / "failures" / f"{folder_name(slide_id)}.json"
+
+
+def note_failure(out: Path, item: Item, ended: Ended) -> None:
+    """Write down that an item failed or was refused, and what its row and file were then."""
+    record = {"ended": asdict(ended), "item": item.model_dump(mode="json"), "seen": _seen(item)}
+    storage.write_atomic(_note(out, item.slide_id), storage.to_json(record))
+
+
+def forget_failure(out: Path, slide_id: str) -> None:
+    """Take the note back: the item is done now."""
+    _note(out, slide_id).unlink(missing_ok=True)
+
+
+def refused_before(out: Path, items: Sequence[Item]) -> dict[str, Ended]:
+    """Return the items that were refused earlier and whose row and file are what they were then."""
+    known = {}
+    for item in items:
+        record = storage.read_json(_note(out, item.slide_id))
+        if record and record["ended"]["status"] == "refused" and _as_it_was(item, record):
+            known[item.slide_id] = Ended(**{**record["ended"], "laid": (), "grids": ()})
+    return known
+
+
+def _as_it_was(item: Item, record: dict[str, Any]) -> bool:
+    return bool(record["item"] == item.model_dump(mode="json") and record["seen"] == _seen(item))
+
+
+def _seen(item: Item) -> list[int] | None:
+    """Size and modification time: what tells whether a refused file was replaced."""
+    try:
+        stat = storage.local_path(item.uri).stat()
+    except (OSError, ConfigError):
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+# the record of a run
+
+
+def write_run(out: Path, spec: RunSpec, items: Sequence[Item], context: Context, result: RunResult | None) -> None:
+    """Write run.json (with a result: how everything ended) and failures.csv."""
+    models = [
+        {
+            "name": model.name,
+            "node": model.node,
+            "task": model.task,
+            "classes": model.classes,
+            "tile_px": model.tile.tile_px,
+            "mpp": model.tile.mpp,
+            "path": model.spec.path,
+        }
+        for model in context.models
+    ]
+    record = {
+        "spec": spec.model_dump(mode="json"),
+        "items": [item.model_dump(mode="json") for item in items],
+        "models": models,
+        "profile": context.profile.model_dump(mode="json") if context.profile else None,
+        "profile_digest": context.profile.digest() if context.profile else None,
+        "finished": result is not None,
+        "outcomes": {ended.slide_id: asdict(ended) for ended in result.ended} if result else {},
+        "counts": result.counts if result else {},
+        "seconds": round(result.seconds, 3) if result else None,
+    }
+    storage.write_atomic(out / "run.json", storage.to_json(record))
+    if result:
+        storage.write_atomic(out / "failures.csv", _failures(result).encode())
+
+
+def _failures(result: RunResult) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["slide_id", "status", "code", "message", "next_step"])
+    for e in result.ended:
+        if e.status != "done":
+            writer.writerow([e.slide_id, e.status, e.code, e.message.splitlines()[0], e.next_step])
+    return text.getvalue()
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """Return run.json. Raises ConfigError where there is none."""
+    record: dict[str, Any] | None = storage.read_json(out / "run.json")
+    if record is None:
+        raise ConfigError(f"{out} is not the output folder of a run: it has no run.json.")
+    return record
+
+
+def status(out: Path) -> dict[str, Any]:
+    """Return how many items have ended how so far, in a run that goes on or is over."""
+    record = read_run(out)
+    notes = [storage.read_json(path) for path in sorted((out / "failures").glob("*.json"))]
+    failures = [note["ended"] for note in notes if note]
+    by_status = Counter(failure["status"] for failure in failures)
+    if record["finished"]:
+        done = record["counts"]["done"]
+    else:
+        done = sum(_has_scores(out, item["slide_id"], len(record["models"])) for item in record["items"])
+    return {
+        "running": "running" if (out / "lease.json").exists() else "finished" if record["finished"] else "interrupted",
+        "slides": len(record["items"]),
+        "done": done,
+        "failed": by_status["failed"],
+        "refused": by_status["refused"],
+        "failures": failures,
+    }
+
+
+def _has_scores(out: Path, slide_id: str, models: int) -> bool:
+    found = list((out / "commits" / folder_name(slide_id) / "scores").rglob("*.json"))
+    return len(found) >= models

@@ -1,0 +1,331 @@
+"""The pool of a Ray cluster: fused actors on CPUs, scorers pinned to GPUs with readers beside them.
+
+The driver sends coordinates, never pixels, and holds no truth. An actor that dies is
+not restarted by Ray but replaced here, counted, so that neither a slide that kills its
+worker nor a model that crashes while loading goes on for ever.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from slideflow_ray.errors import InfrastructureError, SlideflowError
+from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
+from slideflow_ray.execute.worker import ModelScorer, Reader
+from slideflow_ray.pipeline import Context, Pixels
+from slideflow_ray.profile import ComputeProfile, resolve
+from slideflow_ray.specs import ComputeSpec, ExecutorSpec
+
+AHEAD = 2
+"""Tasks in flight for each scorer beyond the one it scores: what it reads ahead."""
+MAX_STARTS_PER_WORKER = 8
+START_TIMEOUT_S = 300
+_NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}}
+
+
+class Fused:
+    """An actor on one core: its threads read ahead, one at a time scores."""
+
+    def __init__(self, context: Context) -> None:
+        self._reader = Reader(context)
+        self._scorer = ModelScorer(context)
+        self._turn = threading.Lock()
+
+    def load(self) -> int:
+        """Load the models; return the process id. Raises ProfileError, BundleError."""
+        self._scorer.load()
+        return os.getpid()
+
+    def perform(self, task: Task) -> Done | Failed:
+        """Do a whole task."""
+        if not task.loads_models:
+            return self._reader.perform(task)
+        pixels = self._reader.read(task)
+        if isinstance(pixels, Failed):
+            return pixels
+        with self._turn:
+            self._scorer.pin()
+            return self._scorer.score(task, pixels)
+
+
+class GpuScorer:
+    """An actor that owns a GPU (or a share of one) and the models on it."""
+
+    def __init__(self, context: Context) -> None:
+        self._scorer = ModelScorer(context)
+        self._turn = threading.Lock()
+
+    def load(self) -> int:
+        """Load the models; return the process id."""
+        self._scorer.load()
+        return os.getpid()
+
+    def score(self, task: Task, pixels: Pixels | Failed) -> Done | Failed:
+        """Score what a reader beside it has read."""
+        if isinstance(pixels, Failed):
+            return pixels
+        with self._turn:
+            self._scorer.pin()
+            return self._scorer.score(task, pixels)
+
+
+class RemoteReader:
+    """An actor without GPU, on the node of the scorer it reads for."""
+
+    def __init__(self, context: Context) -> None:
+        self._reader = Reader(context)
+
+    def load(self) -> int:
+        """Return the process id, once alive."""
+        return os.getpid()
+
+    def perform(self, task: Task) -> Done | Failed:
+        """Do a whole task that needs no model."""
+        return self._reader.perform(task)
+
+    def read(self, task: Task) -> Pixels | Failed:
+        """Read a chunk; the pixels stay in this node's object store."""
+        return self._reader.read(task)
+
+
+def _resolve(compute: ComputeSpec) -> ComputeProfile:
+    return resolve(compute)
+
+
+@dataclass
+class Worker:
+    """One place that takes tasks: a fused actor, or a scorer with its readers."""
+
+    name: str
+    index: int
+    actors: list[Any] = field(default_factory=list)
+    group: PlacementGroup | None = None
+    flight: dict[Any, Task] = field(default_factory=dict)
+    turn: int = 0
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether a task that must be alone is in flight here."""
+        return any(task.alone for task in self.flight.values())
+
+
+class RayPool:
+    """One worker for each core (or GPU) of the cluster, or `spec.workers` of them."""
+
+    def __init__(self, spec: ExecutorSpec, use_gpus: bool = True) -> None:
+        self.spec = spec
+        self._started_ray = connect(spec)
+        have = ray.cluster_resources()
+        self.gpus = int(have.get("GPU", 0)) if use_gpus else 0
+        found = self.gpus or max(1, int(have.get("CPU", 1)))
+        self.workers = min(spec.workers, found) if spec.workers and self.gpus else spec.workers or found
+        self._cpus_each = min(1.0, have.get("CPU", 1.0) / self.workers)
+        self._workers: list[Worker] = []
+        self._waiting: deque[Task] = deque()
+        self._context: Any = None
+        self._starts = 0
+        self._loaded = False
+
+    def profile(self, compute: ComputeSpec) -> ComputeProfile:
+        """Return the compute profile of a worker: the driver may be a laptop without the GPU."""
+        options: dict[str, Any] = {"num_gpus": 1} if self.gpus else {"num_cpus": 1, "runtime_env": _NO_GPU}
+        found: ComputeProfile = _get(ray.remote(**options)(_resolve).remote(compute))
+        return found
+
+    def load(self, context: Context) -> None:
+        """Start the actors; they load the models when the first chunk comes."""
+        self._context = ray.put(context)
+        self._workers = [self._start(Worker(f"worker {i}", i)) for i in range(self.workers)]
+
+    # starting
+
+    def _start(self, worker: Worker) -> Worker:
+        self._starts += 1
+        if self._starts > MAX_STARTS_PER_WORKER * self.workers:
+            raise InfrastructureError(f"Workers died {self._starts - self.workers} times; giving up.")
+        worker.actors = self._gpu_actors(worker) if self.gpus else [self._fused_actor()]
+        return worker
+
+    def _fused_actor(self) -> Any:
+        options = {"num_cpus": self._cpus_each, "max_concurrency": AHEAD + 1, "runtime_env": _NO_GPU}
+        return ray.remote(Fused).options(max_restarts=0, max_task_retries=0, **options).remote(self._context)
+
+    def _gpu_actors(self, worker: Worker) -> list[Any]:
+        """A placement group for each GPU, created singly, so that pixels never cross the network."""
+        k = self.spec.readers_per_gpu
+        cpus = ray.cluster_resources().get("CPU", 1.0) / self.workers
+        share = min(1.0, math.floor(1e4 * cpus / (k + 1)) / 1e4)  # Ray counts in 1e-4
+        if worker.group is None:
+            worker.group = placement_group([{"GPU": 1, "CPU": share}, *[{"CPU": share}] * k], strategy="STRICT_PACK")
+            if not worker.group.wait(START_TIMEOUT_S):
+                raise InfrastructureError("No node has a free GPU with the cores for its readers.")
+
+        def start(kind: type, bundle: int, **options: Any) -> Any:
+            place = PlacementGroupSchedulingStrategy(worker.group, placement_group_bundle_index=bundle)
+            limits = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": share, "scheduling_strategy": place}
+            return ray.remote(kind).options(**limits, **options).remote(self._context)
+
+        scorer = start(GpuScorer, 0, num_gpus=1, max_concurrency=AHEAD)
+        return [scorer, *(start(RemoteReader, i, num_gpus=0, runtime_env=_NO_GPU) for i in range(1, k + 1))]
+
+    def _load_models(self) -> None:
+        """Wait until every worker has its models. Raises the error of a model that does not load."""
+        if not self._loaded:
+            _get([actor.load.remote() for worker in self._workers for actor in worker.actors])
+            self._loaded = True
+
+    # working
+
+    @property
+    def limit(self) -> int:
+        """Tasks in flight on one worker."""
+        return self.spec.readers_per_gpu + AHEAD if self.gpus else AHEAD + 1
+
+    @property
+    def room(self) -> int:
+        """How many more tasks find a free place."""
+        flight = sum(len(worker.flight) for worker in self._workers)
+        return max(0, self.limit * len(self._workers) - flight - len(self._waiting))
+
+    def submit(self, task: Task) -> None:
+        """Take a task. Raises the error of a model that does not load when it is the first chunk."""
+        if task.loads_models:
+            self._load_models()
+        self._waiting.append(task)
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        for _ in range(len(self._waiting)):
+            task = self._waiting.popleft()
+            worker = self._place_for(task)
+            if worker is None:
+                self._waiting.append(task)
+            else:
+                worker.flight[self._send(worker, task)] = task
+
+    def _place_for(self, task: Task) -> Worker | None:
+        """The least busy worker that may take the task. A task that must be alone keeps worker 0 free for itself."""
+        if task.alone:
+            return next((w for w in self._workers if not w.flight), None)
+        reserved = len(self._workers) > 1 and any(t.alone for t in self._waiting)
+        free = [
+            w
+            for w in self._workers
+            if len(w.flight) < self.limit and not w.exclusive and not (reserved and w.index == 0)
+        ]
+        if len(self._workers) == 1 and any(t.alone for t in self._waiting):
+            return None
+        return min(free, key=lambda w: len(w.flight), default=None)
+
+    def _send(self, worker: Worker, task: Task) -> Any:
+        if not self.gpus:
+            return worker.actors[0].perform.remote(task)
+        worker.turn = worker.turn % (len(worker.actors) - 1) + 1
+        reader = worker.actors[worker.turn]
+        if not task.loads_models:
+            return reader.perform.remote(task)
+        return worker.actors[0].score.remote(task, reader.read.remote(task))
+
+    def wait(self) -> list[Outcome]:
+        """Return the outcomes that have come in."""
+        self._dispatch()
+        refs = {ref: worker for worker in self._workers for ref in worker.flight}
+        if not refs:
+            raise InfrastructureError("Nothing is in flight and nothing can be placed.")
+        ready, _ = ray.wait(list(refs), num_returns=1)
+        more, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+        outcomes: list[Outcome] = []
+        for ref in dict.fromkeys([*ready, *more]):
+            if ref in refs[ref].flight:  # a loss clears all that its worker held
+                outcomes += self._outcome(refs[ref], ref)
+        self._dispatch()
+        return outcomes
+
+    def _outcome(self, worker: Worker, ref: Any) -> list[Outcome]:
+        try:
+            outcome: Outcome = ray.get(ref)
+        except RayActorError as error:
+            return self._lost(worker, str(error).splitlines()[0])
+        except RayError as error:
+            task = worker.flight.pop(ref)
+            return [Failed(task, InfrastructureError(f"{task.stage} of {task.slide_id}: {error}"))]
+        worker.flight.pop(ref)
+        return [outcome]
+
+    def _lost(self, worker: Worker, cause: str) -> list[Outcome]:
+        """Gather what had ended before the death, blame the rest, and start the worker anew."""
+        ended: list[Outcome] = []
+        for ref in list(worker.flight):
+            try:
+                ended.append(ray.get(ref, timeout=5))
+                worker.flight.pop(ref)
+            except (RayError, GetTimeoutError):
+                continue
+        lost = Lost(worker.name, tuple(worker.flight.values()), cause)
+        worker.flight.clear()
+        for actor in worker.actors:
+            ray.kill(actor)
+        self._start(worker)
+        if self._loaded:
+            _get([actor.load.remote() for actor in worker.actors])
+        return [*ended, lost]
+
+    def close(self) -> None:
+        """Let go of every actor and placement group, and of Ray if this pool started it."""
+        for worker in self._workers:
+            for actor in worker.actors:
+                ray.kill(actor)
+            if worker.group is not None:
+                remove_placement_group(worker.group)
+        self._workers = []
+        if self._started_ray:
+            ray.shutdown()
+
+
+def _get(ref: Any) -> Any:
+    """ray.get with our own errors raised as themselves."""
+    try:
+        return ray.get(ref, timeout=START_TIMEOUT_S)
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, SlideflowError):
+            raise cause from None
+        raise InfrastructureError(f"A worker did not start: {str(error).strip().splitlines()[-1]}") from error
+
+
+def connect(spec: ExecutorSpec) -> bool:
+    """Connect to the cluster that is named, else start a local Ray; return whether it was started here.
+
+    The address is always explicit, because a bare ``ray.init()`` joins whatever cluster it finds.
+    """
+    if ray.is_initialized():
+        return False
+    address = spec.address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "warning"}
+    if address == "local":
+        options |= {"include_dashboard": False, "num_cpus": spec.workers or None}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise InfrastructureError(f"No Ray at {address}: {error}") from error
+    _protect_token()
+    return True
+
+
+def _protect_token() -> None:
+    """Ray writes the token of a local cluster readable for everyone; take that back."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists() and stat.S_IMODE(token.stat().st_mode) & 0o077:
+        token.chmod(0o600)

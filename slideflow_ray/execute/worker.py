@@ -1,0 +1,98 @@
+"""What a worker does, wherever it lives: a thread, a process, an actor.
+
+Errors become values here, once: a slide that fails is a result.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from slideflow_ray import pipeline, profile
+from slideflow_ray.errors import ProfileError, SlideflowError, UnexpectedError, as_slideflow_error
+from slideflow_ray.execute import Done, Failed, Task
+from slideflow_ray.pipeline import Context, OpenSlides, Pixels, Scorer
+
+
+class Reader:
+    """Plans, reads and derives; needs no models and no torch."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._slides = threading.local()
+
+    @property
+    def slides(self) -> OpenSlides:
+        """This thread's open slides."""
+        if not hasattr(self._slides, "open"):
+            self._slides.open = OpenSlides()
+        opened: OpenSlides = self._slides.open
+        return opened
+
+    def perform(self, task: Task) -> Done | Failed:
+        """Do a whole task that needs no model."""
+        if task.stage == "plan":
+            return attempt(task, lambda: pipeline.plan_slide(self.context, task.payload))
+        return attempt(task, lambda: pipeline.derive(self.context, task.payload))
+
+    def read(self, task: Task) -> Pixels | Failed:
+        """Read the chunk of a task, for a scorer."""
+        outcome = attempt(task, lambda: pipeline.read_chunk(self.context, task.payload, self.slides))
+        return outcome if isinstance(outcome, Failed) else outcome.value
+
+
+class ModelScorer:
+    """Scores chunks with models that it loads once each."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._loaded: dict[str, Scorer] = {}
+        self._loading = threading.Lock()
+
+    def load(self) -> None:
+        """Load every model of the run. Raises ProfileError, BundleError."""
+        if self.context.profile is not None:
+            profile.check(self.context.profile)
+        for model in self.context.models:
+            self.scorer(model.node)
+
+    def pin(self) -> None:
+        """Give the calling thread one torch thread of its own, if there is anything to score."""
+        if self.context.models:
+            from slideflow_ray.models.scorer import pin_threads
+
+            pin_threads()
+
+    def scorer(self, node: str) -> Scorer:
+        """Return the model of that node, loading it the first time."""
+        from slideflow_ray.models.scorer import load_scorer
+
+        with self._loading:
+            if node not in self._loaded:
+                model = next(m for m in self.context.models if m.node == node)
+                if self.context.profile is None:
+                    raise ProfileError(f"{model.name} cannot score without a compute profile.")
+                self._loaded[node] = load_scorer(Path(model.spec.path), self.context.profile)
+            return self._loaded[node]
+
+    def score(self, task: Task, pixels: Pixels) -> Done | Failed:
+        """Score the chunk of a task."""
+        return attempt(task, lambda: pipeline.score_chunk(self.context, task.payload, pixels, self.scorer))
+
+
+def attempt(task: Task, call: Any) -> Done | Failed:
+    """Return Done with what `call` returns, or Failed with why it raised.
+
+    Broad on purpose: whatever one slide raises must not end the others.
+    """
+    try:
+        return Done(task, call())
+    except SlideflowError as error:
+        return Failed(task, error)
+    except Exception as error:  # noqa: BLE001
+        ours = as_slideflow_error(error, f"{task.stage} of {task.slide_id}")
+        if isinstance(ours, UnexpectedError):
+            ours = UnexpectedError(f"{ours.message}\n{traceback.format_exc()}")
+        return Failed(task, ours)

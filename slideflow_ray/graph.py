@@ -1,0 +1,153 @@
+"""The graph of a run: slides on their way through plan, chunks and derive, with attempts and blame."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from slideflow_ray.accounting import Ended
+from slideflow_ray.cohort import Item
+from slideflow_ray.errors import Quarantined, SlideflowError
+from slideflow_ray.events import ChunkScored, Listener, SlideDone, SlideFailed, SlidePlanned, WorkerDied, silent
+from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
+from slideflow_ray.pipeline import SlidePlan
+
+LOOK_AHEAD_CHUNKS = 2
+"""Chunks kept ready for each free place before another slide is planned."""
+DEATHS_ALONE = 2
+"""A slide that kills its worker this often while alone in it is quarantined."""
+
+
+class RunGraph:
+    """Slides on their way through plan, chunks and derive, a few at a time.
+
+    `before` are items that have ended already (refused in an earlier run); `note` is
+    told how each of the others ends, before anyone else.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[Item],
+        before: Mapping[str, Ended] | None = None,
+        listen: Listener = silent,
+        note: Callable[[Ended], None] = lambda ended: None,
+    ) -> None:
+        self.ended: dict[str, Ended] = dict(before or {})
+        self._items = deque(item for item in items if item.slide_id not in self.ended)
+        self._listen = listen
+        self._note = note
+        self._again: deque[Task] = deque()
+        self._chunks: deque[Task] = deque()
+        self._plans: dict[str, SlidePlan] = {}
+        self._left: Counter[str] = Counter()
+        self._flight = 0
+        self._planning = 0
+        self._deaths: Counter[str] = Counter()
+        self.changed = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether every item has ended."""
+        return not (self._items or self._again or self._chunks or self._plans or self._flight)
+
+    def ready(self, room: int) -> list[Task]:
+        """Hand out tasks: what must be repeated, then chunks, planning slides ahead of them."""
+        tasks: list[Task] = []
+        while len(tasks) < room and (task := self._next(room)):
+            self._flight += 1
+            self._planning += task.stage == "plan"
+            tasks.append(task)
+        return tasks
+
+    def _next(self, room: int) -> Task | None:
+        if self._again:
+            return self._again.popleft()
+        hungry = len(self._chunks) < LOOK_AHEAD_CHUNKS * room and self._planning < max(1, room // 2)
+        if self._items and hungry:
+            item = self._items.popleft()
+            return Task("plan", item.slide_id, item)
+        return self._chunks.popleft() if self._chunks else None
+
+    def told(self, outcome: Outcome) -> None:
+        """Learn how a task ended."""
+        for task in outcome.tasks if isinstance(outcome, Lost) else (outcome.task,):
+            self._flight -= 1
+            self._planning -= task.stage == "plan"
+        if isinstance(outcome, Lost):
+            self._lost(outcome)
+        elif outcome.task.slide_id not in self.ended:  # a failed slide's other chunks may still come in
+            if isinstance(outcome, Failed):
+                self._fail(outcome.task.slide_id, outcome.error)
+            else:
+                self._done(outcome)
+
+    def _done(self, done: Done) -> None:
+        slide_id = done.task.slide_id
+        if done.task.stage == "plan":
+            self._planned(done.value)
+        elif done.task.stage == "chunk":
+            self.changed = True
+            self._listen(ChunkScored(slide_id, done.task.payload.index, done.value))
+            self._left[slide_id] -= 1
+            self._derive_if_whole(slide_id)
+        else:
+            self.changed |= done.value == "scored"
+            self._end(Ended(slide_id, "done", done.value, **_facts(self._plans[slide_id])))
+
+    def _planned(self, plan: SlidePlan) -> None:
+        slide_id, todo = plan.item.slide_id, plan.todo
+        chunks = sum(grid.chunks for grid in plan.grids)
+        left = sum(chunk.tiles for chunk in todo)
+        self._listen(SlidePlanned(slide_id, plan.tiles, chunks, len(todo), left))
+        self._plans[slide_id] = plan
+        if plan.complete and plan.tiles:
+            self._end(Ended(slide_id, "done", "unchanged", **_facts(plan)))
+            return
+        self._left[slide_id] = len(todo)
+        self._chunks.extend(Task("chunk", slide_id, chunk) for chunk in todo)
+        self._derive_if_whole(slide_id)
+
+    def _derive_if_whole(self, slide_id: str) -> None:
+        if self._left[slide_id] == 0:
+            self._again.append(Task("derive", slide_id, self._plans[slide_id]))
+
+    def _fail(self, slide_id: str, error: SlideflowError) -> None:
+        status = "refused" if error.refused else "failed"
+        self._end(
+            Ended(slide_id, status, code=error.code, message=error.message, next_step=error.step),
+        )
+
+    def _end(self, ended: Ended) -> None:
+        slide_id = ended.slide_id
+        self._note(ended)
+        self.ended[slide_id] = ended
+        self._plans.pop(slide_id, None)
+        self._left.pop(slide_id, None)
+        self._chunks = deque(task for task in self._chunks if task.slide_id != slide_id)
+        self._again = deque(task for task in self._again if task.slide_id != slide_id)
+        if ended.status == "done":
+            self._listen(SlideDone(slide_id, ended.outcome, ended.tiles))
+        else:
+            self._listen(SlideFailed(slide_id, ended.code, ended.message, ended.status == "refused"))
+
+    def _lost(self, lost: Lost) -> None:
+        """Repeat what a dead worker held, each task alone; a slide that dies twice alone is quarantined."""
+        slides = tuple(dict.fromkeys(task.slide_id for task in lost.tasks))
+        self._listen(WorkerDied(lost.worker, slides, lost.cause))
+        alone = len(lost.tasks) == 1
+        for task in lost.tasks:
+            if task.slide_id in self.ended:
+                continue
+            self._deaths[task.slide_id] += alone
+            if self._deaths[task.slide_id] >= DEATHS_ALONE:
+                cause = f"{task.slide_id} killed its worker {DEATHS_ALONE} times while alone in it ({lost.cause})."
+                self._fail(task.slide_id, Quarantined(cause))
+            else:
+                self._again.append(Task(task.stage, task.slide_id, task.payload, alone=True))
+
+
+def _facts(plan: SlidePlan) -> dict[str, Any]:
+    grids = tuple((grid.grid, model) for grid in plan.grids for model in grid.models)
+    laid = tuple(grid.grid for grid in plan.grids)
+    return {"tiles": plan.tiles, "identity": plan.identity, "laid": laid, "grids": grids}

@@ -1,0 +1,109 @@
+"""Progress of a run on standard error: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from slideflow_ray.events import (
+    ChunkScored,
+    Event,
+    RunFinished,
+    RunStarted,
+    SlideDone,
+    SlideFailed,
+    SlidePlanned,
+    WorkerDied,
+)
+
+LINE_EVERY_S = 10.0
+
+
+class RunProgress:
+    """Counts what a run says. Rate and time left come from tiles really scored in this run."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.verb = "scored"
+        self.slides = self.ended = self.tiles_known = self.tiles_done = self.planned = 0
+        self._start = self._said = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Listen to one event."""
+        match event:
+            case RunStarted():
+                self._begin(event)
+            case SlidePlanned():
+                if not self.planned:  # the rate leaves the start-up of workers out
+                    self._start = time.monotonic()
+                self.planned += 1
+                self.tiles_known += event.tiles_todo
+            case ChunkScored():
+                self.tiles_done += event.tiles
+            case SlideDone():
+                self.ended += 1
+            case SlideFailed():
+                self.ended += 1
+                word = "refused" if event.refused else "failed"
+                self.say(f"{event.slide_id} {word}: {event.code} {event.message.splitlines()[0]}")
+            case WorkerDied():
+                self.say(f"{event.worker} died ({event.cause}); its tasks are tried again: {', '.join(event.slides)}")
+            case RunFinished():
+                self._finish(event)
+        self._show()
+
+    def _begin(self, event: RunStarted) -> None:
+        self.slides, self._start = event.slides, time.monotonic()
+        self.verb = "scored" if event.models else "stored"
+        what = f"with {', '.join(event.models)}" if event.models else "without a model (tiles only)"
+        self.say(f"{event.slides} slides {what}, {event.executor}, {event.workers} workers")
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[rate]}"), console=self.console, transient=True)
+            self._bar.add_task("slides", total=event.slides, rate="")
+            self._bar.start()
+
+    def _finish(self, event: RunFinished) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+        parts = f"done {event.done}, failed {event.failed}, refused {event.refused}"
+        self.say(f"{parts} in {event.seconds:.1f} s; {self.tiles_done} tiles {self.verb}")
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar where there is one."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self) -> None:
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=self.ended, rate=self.rate())
+        elif not self.console.is_terminal and time.monotonic() - self._said > LINE_EVERY_S:
+            self._said = time.monotonic()
+            self.say(f"{self.ended} of {self.slides} slides; {self.rate()}")
+
+    def rate(self) -> str:
+        """Tiles per second and an estimate of the time left, from the slides planned so far."""
+        if not self.tiles_done:
+            return ""
+        per_second = self.tiles_done / (time.monotonic() - self._start)
+        text = f"{self.tiles_done} tiles, {per_second:.0f} tiles/s"
+        if self.planned:
+            total = self.tiles_known / self.planned * self.slides
+            left = max(0.0, total - self.tiles_done) / per_second
+            text += f", about {_clock(left)} left"
+        return text
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def to_stderr() -> RunProgress:
+    """Return a listener that writes to standard error."""
+    return RunProgress(Console(stderr=True, file=sys.stderr))

@@ -1,0 +1,196 @@
+"""A run: configuration, lease, profile, the graph worked off; what cli, jobs and nightly call.
+
+`run` is idempotent and is its own resume: what is left is asked of the store, not of a log.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slideflow_ray import execute, storage
+from slideflow_ray.accounting import Ended, RunResult, forget_failure, note_failure, refused_before, write_run
+from slideflow_ray.cohort import Item, read_cohort
+from slideflow_ray.errors import ConfigError
+from slideflow_ray.events import Listener, RunFinished, RunStarted, silent
+from slideflow_ray.execute import Pool
+from slideflow_ray.graph import RunGraph
+from slideflow_ray.lease import lease
+from slideflow_ray.models.bundle import BundleCard, forward_digest, read_card
+from slideflow_ray.pipeline import LOSSLESS_SHARE, Context, RunModel, SlidePlan
+from slideflow_ray.profile import ComputeProfile
+from slideflow_ray.specs import ComputeSpec, ModelSpec, RunSpec, TileSpec, digest
+
+# configuration
+
+
+def load_models(spec: RunSpec) -> tuple[tuple[ModelSpec, BundleCard, str], ...]:
+    """Read every bundle's card; return (spec, card, forward digest).
+
+    Raises BundleError for one that is incomplete, ConfigError for two of the same name.
+    """
+    found = tuple((model, read_card(Path(model.path)), forward_digest(Path(model.path))) for model in spec.model)
+    names = Counter((card.name, forward) for _, card, forward in found)
+    if twice := [name for (name, _), n in names.items() if n > 1]:
+        raise ConfigError(f"The same bundle is named twice: {', '.join(twice)}.")
+    return found
+
+
+def run_models(spec: RunSpec, profile: ComputeProfile) -> tuple[RunModel, ...]:
+    """Return the run's models with their node names, which carry weights, forward pass and compute profile."""
+    return tuple(
+        RunModel(
+            name=card.name,
+            node=f"{card.name}-{digest([forward, profile.digest()])}",
+            spec=model,
+            tile=tile_spec(spec, card),
+            task=card.task,
+            classes=card.classes,
+        )
+        for model, card, forward in load_models(spec)
+    )
+
+
+def tile_spec(spec: RunSpec, card: BundleCard) -> TileSpec:
+    """Return the tiles that a bundle wants: size and scale are the bundle's, stride and tissue the run's."""
+    return TileSpec(tile_px=card.tile_px, mpp=card.mpp, stride_px=spec.stride_px, min_tissue=spec.min_tissue)
+
+
+def fixed_profile(out: Path, compute: ComputeSpec, pool: Pool) -> ComputeProfile:
+    """Return the profile that this output folder uses for `compute`, fixing it before the first chunk.
+
+    The same request keeps its first answer, so a resume on another kind of machine is
+    refused by its workers (E_PROFILE) instead of mixing results.
+    """
+    path = out / "profiles" / f"{compute.digest()}.json"
+    known = storage.read_json(path)
+    if known is None:
+        storage.create(path, storage.to_json(pool.profile(compute).model_dump(mode="json")))
+        known = storage.read_json(path)
+    return ComputeProfile.parse(known, str(path))
+
+
+# the run
+
+
+def run(
+    spec: RunSpec, items: Sequence[Item] | None = None, listen: Listener = silent, retry: bool = False
+) -> RunResult:
+    """Score a cohort; run again to resume, or to learn that nothing is left.
+
+    Parameters
+    ----------
+    spec : what to do
+    items : the cohort, if not to be read from ``spec.cohort``
+    listen : told of every event
+    retry : try refused slides again too
+
+    Raises ConfigError before anything is started, InfrastructureError (resumable).
+    """
+    started = time.monotonic()
+    items, out = _checked(spec, items)
+    with lease(out):
+        before = {} if retry else refused_before(out, items)
+        graph, context = _work(spec, items, listen, before)
+        result = RunResult(tuple(graph.ended[i.slide_id] for i in items), graph.changed, time.monotonic() - started)
+        _write_heatmaps(spec, context, result)
+        write_run(out, spec, items, context, result)
+    listen(RunFinished(**result.counts, seconds=result.seconds))
+    return result
+
+
+def _checked(spec: RunSpec, items: Sequence[Item] | None) -> tuple[tuple[Item, ...], Path]:
+    """Whatever can be wrong before anything is started."""
+    items = tuple(items) if items is not None else read_cohort(spec.cohort)
+    if masked := [item.slide_id for item in items if item.mask]:
+        raise ConfigError(f"The column `mask` is not supported yet (slide {masked[0]!r} has one).")
+    load_models(spec)
+    out = Path(spec.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be an output folder: {error}.") from error
+    return items, out
+
+
+def _work(spec: RunSpec, items: Sequence[Item], listen: Listener, before: dict[str, Ended]) -> tuple[RunGraph, Context]:
+    out = Path(spec.out)
+    pool = execute.open_pool(spec.executor, spec.compute)
+    try:
+        profile = fixed_profile(out, spec.compute, pool) if spec.model else None
+        models = run_models(spec, profile) if profile else ()
+        context = Context(spec.out, models, spec.tissue, spec.store, spec.tile, profile)
+        write_run(out, spec, items, context, None)
+        by_id = {item.slide_id: item for item in items}
+        graph = RunGraph(items, before, listen, lambda ended: _note(out, by_id[ended.slide_id], ended))
+        names = tuple(model.name for model in models)
+        listen(RunStarted(len(items), names, spec.executor.kind, pool.workers))
+        pool.load(context)
+        execute.run(graph, pool)
+    finally:
+        pool.close()
+    return graph, context
+
+
+def _note(out: Path, item: Item, ended: Ended) -> None:
+    if ended.status == "done":
+        forget_failure(out, item.slide_id)
+    else:
+        note_failure(out, item, ended)
+
+
+def _write_heatmaps(spec: RunSpec, context: Context, result: RunResult) -> None:
+    if not context.models:
+        return
+    from slideflow_ray.aggregate import write_heatmaps
+
+    done = (e for e in result.ended if e.status == "done" and e.tiles)
+    work = [(e.slide_id, grid, model) for e in done for grid, model in e.grids]
+    write_heatmaps(context.out, work, scheduler=spec.dask)
+
+
+# the cost of a run
+
+
+def plan(spec: RunSpec, items: Sequence[Item] | None = None) -> dict[str, Any]:
+    """Lay every grid and return what a run will cost; nothing is scored.
+
+    Raises ConfigError, LeaseError.
+    """
+    items, out = _checked(spec, items)
+    with lease(out):
+        pool = execute.open_pool(spec.executor, spec.compute)
+        try:
+            profile = fixed_profile(out, spec.compute, pool) if spec.model else None
+            models = run_models(spec, profile) if profile else ()
+            context = Context(spec.out, models, spec.tissue, spec.store, spec.tile, profile)
+            slides = [_slide_cost(context, item) for item in items]
+        finally:
+            pool.close()
+    gigabytes = sum(slide["bytes"] for slide in slides) / 1e9
+    return {
+        "slides": slides,
+        "tiles": sum(slide["tiles"] for slide in slides),
+        "todo": sum(slide["todo"] for slide in slides),
+        "gigabytes": gigabytes,
+        "free_gigabytes": shutil.disk_usage(out).free / 1e9,
+    }
+
+
+def _slide_cost(context: Context, item: Item) -> dict[str, Any]:
+    from slideflow_ray.execute import Failed, Task
+    from slideflow_ray.execute.worker import Reader
+
+    outcome = Reader(context).perform(Task("plan", item.slide_id, item))
+    cost: dict[str, Any] = {"slide_id": item.slide_id, "tiles": 0, "todo": 0, "bytes": 0, "note": ""}
+    if isinstance(outcome, Failed):
+        return cost | {"note": str(outcome.error)}
+    found: SlidePlan = outcome.value
+    share = LOSSLESS_SHARE if context.store.tiles == "lossless" else 0.0
+    raw = sum(chunk.tiles * chunk.tile.tile_px**2 * 3 for chunk in found.todo)
+    todo = sum(chunk.tiles for chunk in found.todo)
+    return cost | {"tiles": found.tiles, "todo": todo, "bytes": int(raw * share)}
