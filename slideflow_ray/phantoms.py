@@ -1,0 +1,590 @@
+"""Generated slides with their truth: the demo and the tests need no download.
+
+An H&E phantom is painted as two planes, the amounts of haematoxylin and eosin, which
+a table turns into colours by Beer-Lambert's law with the stain vectors of Ruifrok and
+Johnston (Anal. Quant. Cytol. Histol. 23 (2001) 291-299), varied per slide. Tumour is a
+matter of nuclei, not of colour: larger, irregular, crowded ones, thinned out here and
+there, against lymphoid aggregates (crowded but small) and glands (larger, but even).
+The same seed makes the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import uuid
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from slideflow_ray.errors import ConfigError
+
+Pixels = npt.NDArray[np.uint8]
+Plane = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Ring = npt.NDArray[np.float64]
+Random = np.random.Generator
+
+COARSE: Final = 16
+"""px0 per pixel of the plan, on which tissue, tumour and densities are laid out."""
+
+HAEMATOXYLIN: Final = (0.65, 0.70, 0.29)
+EOSIN: Final = (0.07, 0.99, 0.11)
+
+INK: Final = {"blue": (0.25, 0.45, 0.85), "green": (0.25, 0.72, 0.40), "black": (0.16, 0.16, 0.17)}
+"""What a marker lets through of red, green and blue."""
+
+LEVELS: Final = 4
+"""Pyramid levels, each half the size of the one before."""
+
+SPLITS: Final = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Tumour:
+    """One tumour region: its closed outline and, maybe, a closed hole, float64, shape (n, 2), (x, y) in px0."""
+
+    outline: Ring
+    hole: Ring | None = None
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is where on a phantom. Masks are bool, shape (h, w), one pixel for each `px0_per_px` px0."""
+
+    tissue: Mask
+    pen: Mask
+    tumours: tuple[Tumour, ...]
+    px0_per_px: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The layout of a slide at COARSE: what nuclei are sown where (0 to 1), and how much eosin there is."""
+
+    tissue: Plane
+    fat: Plane
+    eosin: Plane
+    blur: Plane
+    sown: dict[str, Plane]
+    tumours: tuple[Tumour, ...]
+
+
+@dataclass(frozen=True)
+class _Nucleus:
+    """A kind of nucleus: semi-axes in um, how irregular, how dark (0-255), and um from one to the next."""
+
+    long_um: tuple[float, float]
+    short_um: tuple[float, float]
+    irregular: float
+    dark: tuple[int, int]
+    spacing_um: float
+
+
+NUCLEI: Final = {
+    "stroma": _Nucleus((4.0, 6.5), (1.3, 2.0), 0.04, (120, 190), 17.0),
+    "gland": _Nucleus((3.2, 5.2), (2.8, 4.2), 0.09, (105, 190), 11.5),
+    "lymph": _Nucleus((2.6, 3.3), (2.5, 3.1), 0.04, (150, 215), 7.5),
+    "tumour": _Nucleus((3.4, 5.9), (2.9, 4.6), 0.125, (105, 195), 12.0),
+}
+
+
+# one slide
+
+
+def write_slide(
+    path: str | Path,
+    *,
+    size_px0: tuple[int, int] = (4096, 3072),
+    mpp0: float = 0.5,
+    seed: int = 0,
+    tumour: bool = True,
+    pen: bool = True,
+    quality: int = 85,
+) -> Truth:
+    """Write one H&E phantom as a tiled JPEG pyramid (levels 1, 2, 4, 8), and return its truth.
+
+    `size_px0` is (width, height) of level 0 and `mpp0` its um per pixel, which goes into
+    the resolution tags. Raises ConfigError when the slide is smaller than 512 px.
+    """
+    if min(size_px0) < 512 or not mpp0 > 0:
+        raise ConfigError(f"A phantom of {size_px0[0]} x {size_px0[1]} px at {mpp0} um is too small; 512 px would do.")
+    rng = np.random.default_rng([seed, 20261121])
+    plan = _plan(rng, size_px0, mpp0, tumour)
+    rgb = _paint(rng, plan, size_px0, mpp0)
+    stroke = _draw_pen(rng, rgb, plan, mpp0) if pen else np.zeros(plan.tissue.shape, np.bool_)
+    _sprinkle_dust(rng, rgb, mpp0)
+    write_pyramid(Path(path), halved(rgb, LEVELS), mpp0, quality=quality)
+    scale = (size_px0[0] / plan.tissue.shape[1], size_px0[1] / plan.tissue.shape[0])
+    return Truth((plan.tissue > 0.5) | (plan.fat > 0.5), stroke, plan.tumours, scale)
+
+
+def _plan(rng: Random, size_px0: tuple[int, int], mpp0: float, tumour: bool) -> _Plan:
+    """Lay out one or two pieces of tissue, their fat, tumour, lymphoid aggregates and glands."""
+    w, h = (-(-length // COARSE) for length in size_px0)
+    tissue = _pieces(rng, (w, h))
+    cell = 130.0 / (mpp0 * COARSE)
+    fat = (_smooth(rng, (w, h), 3.0 * cell) > 1.25) & tissue
+    tumours = _tumours(rng, tissue & ~fat, size_px0) if tumour else ()
+    inside = _filled(tumours, (w, h))
+    solid = tissue & ~fat
+    density = np.clip(0.55 + 0.36 * _smooth(rng, (w, h), 1.3 * cell), 0.06, 1.0) * inside
+    lymph = _aggregates(rng, solid & ~inside, (w, h), cell)
+    gland = (_smooth(rng, (w, h), 0.9 * cell) > 0.75) & solid & ~inside & (lymph < 0.5)
+    spread = np.clip(0.55 + 0.25 * _smooth(rng, (w, h), 2 * cell), 0.15, 1)
+    sown = {
+        "stroma": spread * solid * (1 - 0.75 * density) * (1 - lymph) * np.where(gland, 0.4, 1),
+        "gland": np.where(gland, 0.9, 0.03 * solid).astype(np.float32),
+        "lymph": np.maximum(lymph, 0.02 * solid + 0.08 * inside),
+        "tumour": density + 0.12 * gland,
+    }
+    eosin = np.clip(0.62 + 0.13 * _smooth(rng, (w, h), 1.5 * cell), 0.25, 1) - 0.18 * lymph - 0.08 * density
+    blur = np.clip(0.07 + 0.04 * _smooth(rng, (w, h), 2 * cell) + 0.10 * lymph + 0.05 * density + 0.05 * gland, 0, 1)
+    kept = {name: np.asarray(field, np.float32) for name, field in sown.items()}
+    return _Plan(
+        tissue.astype(np.float32) * ~fat,
+        fat.astype(np.float32),
+        np.asarray(eosin, np.float32),
+        np.asarray(blur, np.float32),
+        kept,
+        tumours,
+    )
+
+
+def _pieces(rng: Random, size: tuple[int, int]) -> Mask:
+    """Return one or two lopsided pieces of tissue, away from the edge of the slide."""
+    w, h = size
+    centre = np.array([w * rng.uniform(0.40, 0.46), h * rng.uniform(0.46, 0.54)])
+    image = Image.new("1", size)
+    draw = ImageDraw.Draw(image)
+    draw.polygon(_points(centre + _blob(rng, 0.36 * np.array([w, h]), 0.16)), fill=1)
+    if rng.random() < 0.6:
+        second = np.array([w * 0.87, h * rng.uniform(0.25, 0.75)])
+        draw.polygon(_points(second + _blob(rng, np.array([0.08 * w, 0.17 * h]), 0.12)), fill=1)
+    return np.asarray(image)
+
+
+def _blob(rng: Random, radius: npt.NDArray[np.float64], rough: float, points: int = 72) -> Ring:
+    """Return a closed wavy outline around (0, 0), float64, shape (points + 1, 2)."""
+    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    order = np.arange(2, 9)
+    waves = rng.normal(0, rough / order**0.7)[:, None] * np.cos(
+        order[:, None] * angle + rng.uniform(0, 2 * np.pi, (7, 1))
+    )
+    r = np.clip(1 + waves.sum(axis=0), 0.45, 1.3)
+    ring = np.column_stack([r * np.cos(angle) * radius[0], r * np.sin(angle) * radius[1]])
+    return np.vstack([ring, ring[:1]])
+
+
+def _points(ring: Ring) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in ring]
+
+
+def _smooth(rng: Random, size: tuple[int, int], cell: float) -> Plane:
+    """Return smooth noise of mean 0 and standard deviation 1, float32, shape (h, w), that varies over `cell` pixels."""
+    w, h = size
+    grid = (max(2, round(w / cell) + 2), max(2, round(h / cell) + 2))
+    noise = Image.fromarray(rng.normal(size=(grid[1], grid[0])).astype(np.float32))
+    field = np.asarray(noise.resize(size, Image.Resampling.BICUBIC))
+    return np.asarray((field - field.mean()) / max(float(field.std()), 1e-6), np.float32)
+
+
+def _tumours(rng: Random, tissue: Mask, size_px0: tuple[int, int]) -> tuple[Tumour, ...]:
+    """Return up to three tumours deep in the tissue, apart from each other; the first has a hole."""
+    free = tissue.copy()
+    found: list[Tumour] = []
+    for number in range(int(rng.integers(2, 4))):
+        depth = _depth(free)
+        reach = float(depth.max())
+        if reach < 5:
+            break
+        deep = np.argwhere(depth >= 0.8 * reach)
+        row, col = deep[int(rng.integers(len(deep)))]
+        radius = float(depth[row, col]) * rng.uniform(0.85, 1.1) * (1.0 if number == 0 else 0.8)
+        centre = np.array([col + 0.5, row + 0.5]) * COARSE
+        outline = centre + _blob(rng, np.full(2, radius * COARSE), 0.13, 48)
+        hole = centre + _blob(rng, np.full(2, 0.3 * radius * COARSE), 0.08, 24) if number == 0 else None
+        found.append(Tumour(*(_in_slide(ring, size_px0) if ring is not None else None for ring in (outline, hole))))  # type: ignore[arg-type]
+        free &= ~_disk(free.shape, (float(col), float(row)), 1.45 * radius)
+    return tuple(found)
+
+
+def _in_slide(ring: Ring, size_px0: tuple[int, int]) -> Ring:
+    return np.round(np.clip(ring, 0, size_px0), 1)
+
+
+def _depth(mask: Mask) -> Plane:
+    """Return each pixel's distance to the border of `mask`."""
+    from scipy import ndimage
+
+    depth: Plane = ndimage.distance_transform_edt(mask).astype(np.float32)
+    return depth
+
+
+def _disk(shape: tuple[int, ...], xy: tuple[float, float], radius: float) -> Mask:
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    disk: Mask = (x - xy[0]) ** 2 + (y - xy[1]) ** 2 <= radius**2
+    return disk
+
+
+def _filled(tumours: tuple[Tumour, ...], size: tuple[int, int]) -> Mask:
+    """Return where tumour is on the plan, bool, shape (h, w)."""
+    image = Image.new("1", size)
+    draw = ImageDraw.Draw(image)
+    for tumour in tumours:
+        draw.polygon(_points(tumour.outline / COARSE), fill=1)
+        if tumour.hole is not None:
+            draw.polygon(_points(tumour.hole / COARSE), fill=0)
+    return np.asarray(image)
+
+
+def _aggregates(rng: Random, where: Mask, size: tuple[int, int], cell: float) -> Plane:
+    """Return soft round spots of lymphoid tissue, float32, shape (h, w), 0 to 1."""
+    out = np.zeros((size[1], size[0]), np.float32)
+    places = np.argwhere(where)
+    y, x = np.ogrid[: size[1], : size[0]]
+    for _ in range(int(rng.integers(3, 8)) if len(places) else 0):
+        row, col = places[int(rng.integers(len(places)))]
+        radius = cell * rng.uniform(0.7, 1.9)
+        distance = np.hypot(x - col, (y - row) * rng.uniform(0.8, 1.25))
+        np.maximum(out, np.clip(2.2 * (1.15 - distance / radius), 0, 1), out=out)
+    return out * where
+
+
+# paint
+
+
+def _paint(rng: Random, plan: _Plan, size_px0: tuple[int, int], mpp0: float) -> Pixels:
+    """Return the slide's pixels, uint8, shape (h, w, 3)."""
+    tissue = np.clip(2.5 * (_large(_soft(plan.tissue), size_px0) - 0.3), 0, 1)
+    fibres = _tiled(_fibres(rng, 512), size_px0)
+    eosin = (255 * _large(plan.eosin, size_px0) * tissue * (0.80 + 0.20 * fibres)).clip(0, 255).astype(np.uint8)
+    haem = (255 * _large(plan.blur, size_px0) * tissue * (0.8 + 0.35 * fibres)).clip(0, 255).astype(np.uint8)
+    _add_fat(rng, eosin, plan.fat, mpp0)
+    for kind, field in plan.sown.items():
+        _sow(rng, haem, NUCLEI[kind], field, mpp0)
+    colours = _colours(rng)
+    rgb = colours[haem.astype(np.uint16) * 256 + eosin]
+    noise = _tiled(rng.integers(-3, 4, (509, 509, 3)).astype(np.int16), size_px0)
+    return np.asarray(np.clip(rgb.astype(np.int16) + noise, 0, 255), np.uint8)
+
+
+def _large(plane: Plane, size_px0: tuple[int, int]) -> Plane:
+    """Return a plane of the plan at px0."""
+    return np.asarray(Image.fromarray(plane).resize(size_px0, Image.Resampling.BILINEAR))
+
+
+def _soft(plane: Plane) -> Plane:
+    """Return `plane` with its borders blurred over about two pixels."""
+    padded = np.pad(plane, 1)
+    return np.asarray(
+        sum(padded[1 + dy : padded.shape[0] - 1 + dy, 1 + dx : padded.shape[1] - 1 + dx] for dy, dx in _AROUND) / 9,
+        np.float32,
+    )
+
+
+_AROUND: Final = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
+
+
+def _fibres(rng: Random, side: int) -> Plane:
+    """Return a seamless texture of wavy fibres, float32, shape (side, side), mean 0 and standard deviation 1."""
+    fy, fx = np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side), indexing="ij")
+    out = np.zeros((side, side))
+    for angle in rng.uniform(0, 0.6 * np.pi, 7):
+        along, across = fx * np.cos(angle) + fy * np.sin(angle), fy * np.cos(angle) - fx * np.sin(angle)
+        band = np.exp(-((along / 0.014) ** 2) - ((across - 0.05) / 0.06) ** 2)
+        out += np.fft.ifft2(np.fft.fft2(rng.normal(size=(side, side))) * band).real
+    grain = np.fft.ifft2(np.fft.fft2(rng.normal(size=(side, side))) * np.exp(-(fx**2 + fy**2) / 0.02)).real
+    out = out / out.std() + 0.5 * grain / grain.std()
+    return np.asarray((out - out.mean()) / out.std(), np.float32)
+
+
+def _tiled(texture: Any, size_px0: tuple[int, int]) -> Any:
+    """Return a texture repeated over the slide."""
+    w, h = size_px0
+    times = (-(-h // texture.shape[0]), -(-w // texture.shape[1])) + (1,) * (texture.ndim - 2)
+    return np.tile(texture, times)[:h, :w]
+
+
+def _add_fat(rng: Random, eosin: Pixels, fat: Plane, mpp0: float) -> None:
+    """Draw fat cells, thin pale rings around nothing, where the plan has fat."""
+    h, w = eosin.shape
+    places = _sites(rng, fat, 56.0 / mpp0, (w, h))
+    if not len(places):
+        return
+    image = Image.new("L", (w, h))
+    draw = ImageDraw.Draw(image)
+    radii = rng.uniform(25, 36, (len(places), 2)) / mpp0
+    for (x, y), (rx, ry) in zip(places, radii, strict=True):
+        draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=14, outline=95, width=max(1, round(2.5 / mpp0)))
+    np.maximum(eosin, np.asarray(image), out=eosin)
+
+
+def _sites(rng: Random, field: Plane, spacing_px: float, size_px0: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """Return points (x, y) in px0, int64, shape (n, 2), about `spacing_px` apart, kept with the field's probability."""
+    w, h = size_px0
+    x, y = np.meshgrid(np.arange(spacing_px / 2, w, spacing_px), np.arange(spacing_px / 2, h, spacing_px))
+    points = np.column_stack([x.ravel(), y.ravel()])
+    points += rng.uniform(-0.42, 0.42, points.shape) * spacing_px
+    points = points[(points >= 0).all(axis=1) & (points < (w, h)).all(axis=1)]
+    cell = (points // COARSE).astype(np.int64)
+    chance = field[np.minimum(cell[:, 1], field.shape[0] - 1), np.minimum(cell[:, 0], field.shape[1] - 1)]
+    return np.asarray(points[rng.random(len(points)) < chance], np.int64)
+
+
+def _sow(rng: Random, haem: Pixels, kind: _Nucleus, field: Plane, mpp0: float) -> None:
+    """Stamp nuclei of one kind where `field` allows them; of two that overlap the darker shows."""
+    h, w = haem.shape
+    stamps = [_nucleus(rng, kind, mpp0) for _ in range(60)]
+    half = stamps[0].shape[0] // 2
+    sites = _sites(rng, field, kind.spacing_um / mpp0, (w, h))
+    picks = rng.integers(len(stamps), size=len(sites))
+    for (x, y), pick in zip(sites.tolist(), picks.tolist(), strict=True):
+        top, left = y - half, x - half
+        target = haem[max(top, 0) : top + 2 * half + 1, max(left, 0) : left + 2 * half + 1]
+        stamp = stamps[pick][max(-top, 0) :, max(-left, 0) :][: target.shape[0], : target.shape[1]]
+        np.maximum(target, stamp, out=target)
+
+
+def _nucleus(rng: Random, kind: _Nucleus, mpp0: float) -> Pixels:
+    """Return one nucleus, uint8, square with an odd side: darkness, with a rim, grains and a soft border."""
+    half = int(1.35 * kind.long_um[1] / mpp0) + 2
+    y, x = np.mgrid[-half : half + 1, -half : half + 1].astype(np.float64)
+    turn = rng.uniform(0, np.pi)
+    long, short = rng.uniform(*kind.long_um) / mpp0, rng.uniform(*kind.short_um) / mpp0
+    u, v = (x * np.cos(turn) + y * np.sin(turn)) / long, (y * np.cos(turn) - x * np.sin(turn)) / short
+    angle = np.arctan2(v, u)
+    order, phase = np.arange(2, 6), rng.uniform(0, 2 * np.pi, 4)
+    waves = rng.normal(0, kind.irregular / 2, 4)
+    border = 1 + sum(a * np.cos(n * angle + p) for a, n, p in zip(waves, order, phase, strict=True))
+    inside = np.clip((border - np.hypot(u, v)) * short + 0.5, 0, 1)
+    rim = np.clip(np.hypot(u, v) / border, 0, 1) ** 4
+    grains = 1 + 0.10 * rng.normal(size=x.shape)
+    dark = rng.uniform(*kind.dark) * (0.85 + 0.2 * rim) * grains
+    return np.asarray(np.clip(inside * dark, 0, 255), np.uint8)
+
+
+def _colours(rng: Random) -> Pixels:
+    """Return a table, uint8, shape (65536, 3): the colour of haematoxylin * 256 + eosin on this slide."""
+    stains = np.array([HAEMATOXYLIN, EOSIN]) * rng.uniform(0.92, 1.08, (2, 3))
+    strength = np.array([1.05, 0.46]) * rng.uniform(0.82, 1.2, 2)
+    white = rng.uniform(240, 247) + rng.uniform(-2, 2, 3)
+    amount = np.stack(np.divmod(np.arange(65536), 256), axis=1) / 255 * strength
+    return np.asarray(np.rint(white * 10 ** -(amount @ stains)), np.uint8)
+
+
+def _draw_pen(rng: Random, rgb: Pixels, plan: _Plan, mpp0: float) -> Mask:
+    """Draw a marker stroke on the glass of one corner; return where it is on the plan."""
+    h, w = rgb.shape[:2]
+    right, low = bool(rng.integers(2)), bool(rng.integers(2))
+    x = w * (0.55 + 0.37 * rng.random(5)) if right else w * (0.08 + 0.37 * rng.random(5))
+    y = np.linspace(0.02, 0.10, 5) * h
+    y = h - y if low else y
+    line = [(float(a), float(b)) for a, b in zip(np.sort(x), y, strict=True)]
+    image = Image.new("L", (w, h))
+    ImageDraw.Draw(image).line(line, fill=255, width=round(45 / mpp0), joint="curve")
+    stroke = np.asarray(image) > 0
+    ink = np.array(INK[str(rng.choice(sorted(INK)))]) * rng.uniform(0.85, 1.1)
+    rows, cols = np.flatnonzero(stroke.any(axis=1)), np.flatnonzero(stroke.any(axis=0))
+    box = (slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1))
+    rgb[box] = np.where(stroke[box][..., None], (rgb[box] * ink).astype(np.uint8), rgb[box])
+    coarse = np.asarray(image.resize(plan.tissue.shape[::-1], Image.Resampling.BOX))
+    return coarse > 127
+
+
+def _sprinkle_dust(rng: Random, rgb: Pixels, mpp0: float) -> None:
+    """Draw grey specks, each far smaller than a piece of tissue."""
+    h, w = rgb.shape[:2]
+    for _ in range(18):
+        radius = max(1, round(rng.uniform(2, 9) / mpp0))
+        x, y = int(rng.integers(radius, w - radius)), int(rng.integers(radius, h - radius))
+        spot = rgb[y - radius : y + radius + 1, x - radius : x + radius + 1]
+        disk = _disk(spot.shape, (radius, radius), radius * rng.uniform(0.7, 1.0))
+        spot[disk] = (spot[disk] * rng.uniform(0.35, 0.7)).astype(np.uint8)
+
+
+# files
+
+
+def halved(rgb: Pixels, levels: int) -> list[Pixels]:
+    """Return `levels` pictures, each half the one before (mean of 2 x 2, sides rounded down)."""
+    out = [rgb]
+    while len(out) < levels and min(out[-1].shape[:2]) >= 2:
+        h, w = (side // 2 * 2 for side in out[-1].shape[:2])
+        out.append(np.asarray(Image.fromarray(np.ascontiguousarray(out[-1][:h, :w])).reduce(2)))
+    return out
+
+
+def write_pyramid(path: Path, levels: list[Pixels], mpp0: float, *, quality: int = 0, tile: int = 256) -> None:
+    """Write a tiled TIFF pyramid that tiffslide and OpenSlide read as generic TIFF.
+
+    `quality` 1 to 100 is JPEG, 0 is lossless (deflate). No time stamps: the same pixels
+    make the same bytes.
+    """
+    import tifffile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    how: dict[str, Any] = {"compression": "zlib"}
+    if quality:
+        how = {"compression": "jpeg", "compressionargs": {"level": quality}}
+    with tifffile.TiffWriter(path) as file:
+        for number, level in enumerate(levels):
+            per_cm = 1e4 / (mpp0 * 2**number)
+            file.write(
+                level,
+                photometric="rgb",
+                tile=(tile, tile),
+                subfiletype=1 if number else 0,
+                resolution=(per_cm, per_cm),
+                resolutionunit="CENTIMETER",
+                metadata=None,
+                software=False,
+                maxworkers=1,
+                **how,
+            )
+
+
+def geojson(tumours: tuple[Tumour, ...], seed: int = 0) -> dict[str, Any]:
+    """Return a FeatureCollection as QuPath writes it, class "tumor", rings closed, (x, y) in px0."""
+    return {"type": "FeatureCollection", "features": [_feature(t, seed, i) for i, t in enumerate(tumours)]}
+
+
+def _feature(tumour: Tumour, seed: int, number: int) -> dict[str, Any]:
+    rings = [tumour.outline] if tumour.hole is None else [tumour.outline, tumour.hole]
+    return {
+        "type": "Feature",
+        "id": str(uuid.UUID(int=(seed << 16) + number, version=4)),
+        "geometry": {"type": "Polygon", "coordinates": [ring.tolist() for ring in rings]},
+        "properties": {"objectType": "annotation", "classification": {"name": "tumor", "color": [200, 0, 0]}},
+    }
+
+
+# a cohort
+
+
+def write_cohort(
+    folder: str | Path,
+    *,
+    slides: int = 12,
+    seed: int = 0,
+    size_px0: tuple[int, int] = (4096, 3072),
+    mpp0: float = 0.5,
+    workers: int = 0,
+) -> Path:
+    """Write phantoms with annotations and a cohort.csv split by patient; return the cohort's path.
+
+    Every split has tumour and normal patients, of one or two slides each. `workers`
+    processes write (0: one per core this process may use; 1: this process itself).
+    Raises ConfigError for fewer than 9 slides.
+    """
+    folder = Path(folder)
+    rows = cohort_rows(slides)
+    jobs = [(str(folder), row, seed * 10_000 + n, size_px0, mpp0) for n, row in enumerate(rows)]
+    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    if workers == 1:
+        for job in jobs:
+            _write_row(job)
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            list(pool.map(_write_row, jobs))
+    path = folder / "cohort.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def cohort_rows(slides: int) -> list[dict[str, str]]:
+    """Return the rows of a cohort: patients alternate between tumour and normal inside each split.
+
+    A fifth of the slides are second slides of a patient. From 14 slides on there are at
+    least 5 test patients.
+
+    >>> [row["split"] for row in cohort_rows(9)]
+    ['train', 'train', 'train', 'train', 'val', 'val', 'test', 'test', 'test']
+    """
+    if slides < 9:
+        raise ConfigError(f"A cohort of {slides} phantoms cannot fill three splits with both classes; 9 would do.")
+    seconds = slides // 5
+    patients = slides - seconds
+    test = 3 if slides < 14 else max(5, round(0.3 * patients))
+    val = max(2, round(0.15 * patients))
+    sizes = {"train": patients - val - test, "val": val, "test": test}
+    extra = {"train": (seconds + 1) // 2, "val": 0, "test": seconds // 2}
+    rows: list[dict[str, str]] = []
+    patient = 0
+    for split in SPLITS:
+        for place in range(sizes[split]):
+            patient += 1
+            for _ in range(2 if place < extra[split] else 1):
+                rows.append(_row(len(rows) + 1, patient, split, tumour=place % 2 == 0))
+    return rows
+
+
+def _row(number: int, patient: int, split: str, *, tumour: bool) -> dict[str, str]:
+    name = f"phantom_{number:02d}"
+    return {
+        "slide_id": name,
+        "uri": f"slides/{name}.tif",
+        "patient_id": f"P{patient:02d}",
+        "split": split,
+        "label": "tumor" if tumour else "normal",
+        "annotation": f"annotations/{name}.geojson",
+    }
+
+
+def _write_row(job: tuple[str, dict[str, str], int, tuple[int, int], float]) -> None:
+    folder, row, seed, size_px0, mpp0 = job
+    path = Path(folder, row["uri"])
+    truth = write_slide(path, size_px0=size_px0, mpp0=mpp0, seed=seed, tumour=row["label"] == "tumor")
+    notes = Path(folder, row["annotation"])
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    notes.write_text(json.dumps(geojson(truth.tumours, seed)) + "\n")
+
+
+# a slide that betrays every swapped axis
+
+
+def write_marked_slide(
+    path: str | Path,
+    *,
+    size_px0: tuple[int, int] = (1501, 2203),
+    mpp0: float = 0.5,
+    levels: int = 3,
+    tile: int = 128,
+) -> list[Pixels]:
+    """Write a lossless pyramid of odd sides in which every pixel says where it stands; return its levels.
+
+    Red and green are the low bytes of x and y in px0, blue holds the high four bits of
+    each (sides up to 4,096 px); pixel (i, j) of level k carries the mark of px0
+    (i * 2^k, j * 2^k). No two pixels of a level are alike, so neither are two tiles.
+    """
+    w, h = size_px0
+    if max(w, h) > 4096:
+        raise ConfigError(f"Marks reach to 4,096 px, not to {max(w, h):,}.")
+    x, y = np.meshgrid(np.arange(w), np.arange(h))
+    marks = np.stack([x & 255, y & 255, (x >> 8) << 4 | y >> 8], axis=2).astype(np.uint8)
+    out = [marks]
+    while len(out) < levels:
+        step = 2 ** len(out)
+        out.append(np.ascontiguousarray(marks[: h // step * step : step, : w // step * step : step]))
+    write_pyramid(Path(path), out, mpp0, tile=tile)
+    return out
+
+
+def read_marks(pixels: Pixels) -> npt.NDArray[np.int64]:
+    """Return the px0 position (x, y) that each marked pixel carries, int64, shape (..., 2).
+
+    >>> read_marks(np.array([[[1, 2, 0x34]]], np.uint8)).tolist()
+    [[[769, 1026]]]
+    """
+    red, green, blue = (pixels[..., channel].astype(np.int64) for channel in range(3))
+    return np.stack([red | (blue >> 4) << 8, green | (blue & 15) << 8], axis=-1)

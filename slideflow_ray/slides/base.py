@@ -1,0 +1,232 @@
+"""What a slide reader is, and the checks that every reader's slide passes before a pixel is read."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from slideflow_ray.errors import BadDimensions, BadMpp, NoMpp, NotASlide, ReadError, SlideNotFound, TruncatedSlide
+from slideflow_ray.geometry import Level, level_downsample
+
+Pixels = npt.NDArray[np.uint8]
+Box = tuple[int, int, int, int]
+
+WHITE = 255
+"""What lies beyond the edge of a slide, and where a tile was never scanned."""
+
+FILE_MPP = (0.01, 32.0)
+"""um per pixel that a file's own header may claim: 72, 96, 150 and 300 dpi are 353, 265, 169 and 85."""
+
+GIVEN_MPP = (1e-4, 1e4)
+"""um per pixel that a user may state: electron micrographs to MRI."""
+
+MAX_SIDE_PX = 1_000_000
+MAX_PIXELS = 4 * 10**11
+MAX_PIXELS_PER_BYTE = 10**5
+"""A whole-mount slide at 0.1 um/px is below the first two; an empty tile table of 1,024 px tiles below the third."""
+
+
+class SlideReader(Protocol):
+    """An open slide: its size, scale and levels, and the pixels of any box of a level.
+
+    Opened where it is used (readers are never pickled) and closed afterwards.
+    """
+
+    name: str
+    uri: str
+    size_px0: tuple[int, int]
+    mpp0: float
+    levels: tuple[Level, ...]
+
+    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
+        """Return the pixels of a box, uint8, shape (height, width, 3), RGB.
+
+        `xy` is the box's upper left corner and `size` its (width, height), both in
+        pixels of that level. What lies outside the level or was never scanned is
+        white. Raises ReadError naming slide, level and box.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the file; reading afterwards raises ReadError."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Opened:
+    """What readers share: a context manager that closes, and no pickling."""
+
+    def close(self) -> None:
+        """Close the file."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a slide is opened inside the worker that reads it; send its uri instead")
+
+
+def check_file(path: Path) -> bool:
+    """Return whether the file is a TIFF, after refusing what no library could read.
+
+    Raises SlideNotFound, NotASlide (a folder, an empty file, a git-LFS pointer) and
+    TruncatedSlide (a TIFF whose directories point beyond its end).
+    """
+    if not path.exists():
+        raise SlideNotFound(f"There is no {path}.")
+    if path.is_dir():
+        raise NotASlide(f"{path} is a folder; name a file in it.")
+    try:
+        with path.open("rb") as file:
+            head, size = file.read(64), path.stat().st_size
+    except OSError as error:
+        raise ReadError(f"{path} cannot be opened: {error}.") from error
+    if size == 0:
+        raise NotASlide(f"{path} is empty.")
+    if head.startswith(b"version https://git-lfs"):
+        raise NotASlide(
+            f"{path} is a git-LFS pointer, not the slide itself.", next_step="Run `git lfs pull` and run again."
+        )
+    if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return False
+    for offset, end in _directories(path):
+        if end > size:
+            raise TruncatedSlide(f"{path} has {size:,} bytes, but a directory of it stands at byte {offset:,}.")
+    return True
+
+
+def _directories(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield (offset, end) of each TIFF directory; follows the chain while it lies inside the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(16)
+        order, big = ("<" if head[:2] == b"II" else ">"), b"+" in head[2:4]
+        count_of, offset_of, entry = (f"{order}Q", f"{order}Q", 20) if big else (f"{order}H", f"{order}I", 12)
+        if len(head) < 16:
+            yield len(head), 16
+            return
+        (offset,) = struct.unpack_from(offset_of, head, 8 if big else 4)
+        seen: set[int] = set()
+        while offset and offset not in seen:
+            seen.add(offset)
+            end = offset + struct.calcsize(count_of)
+            if end <= size:
+                file.seek(offset)
+                (entries,) = struct.unpack(count_of, file.read(struct.calcsize(count_of)))
+                end += entries * entry + struct.calcsize(offset_of)
+            yield offset, end
+            if end > size:
+                return
+            file.seek(end - struct.calcsize(offset_of))
+            (offset,) = struct.unpack(offset_of, file.read(struct.calcsize(offset_of)))
+
+
+def check_size(uri: str, size_px0: tuple[int, int], file_bytes: int) -> None:
+    """Raise BadDimensions where a header claims a size that no scanner makes, or that its file cannot hold."""
+    w, h = size_px0
+    if w < 1 or h < 1 or max(w, h) > MAX_SIDE_PX or w * h > min(MAX_PIXELS, file_bytes * MAX_PIXELS_PER_BYTE):
+        raise BadDimensions(f"{uri} claims {w:,} x {h:,} pixels in a file of {file_bytes:,} bytes.")
+
+
+def checked_mpp(uri: str, given: float | None, found: tuple[object, object]) -> float:
+    """Return um per pixel of level 0: the `given` one, else the mean of what the file says for x and y.
+
+    Raises NoMpp, or BadMpp for what cannot be true: not positive, outside the range
+    of slides (the 72 dpi default tag is 352.8 um/px), x and y more than 5 % apart.
+    """
+    if given is not None:
+        return _credible(uri, "the given mpp", float(given), GIVEN_MPP)
+    if found[0] is None or found[1] is None:
+        raise NoMpp(f"{uri} does not say how many um a pixel has.")
+    x, y = (_credible(uri, "the file's mpp", _number(uri, value), FILE_MPP) for value in found)
+    if abs(x - y) > 0.05 * min(x, y):
+        raise BadMpp(f"{uri} says {x:g} um per pixel along x but {y:g} along y.")
+    return x if x == y else (x + y) / 2
+
+
+def _number(uri: str, value: object) -> float:
+    try:
+        return float(str(value)) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise BadMpp(f"{uri} says {value!r} um per pixel.") from error
+
+
+def _credible(uri: str, what: str, mpp: float, limits: tuple[float, float]) -> float:
+    low, high = limits
+    if not math.isfinite(mpp) or not low <= mpp <= high:
+        hint = " (a default tag of 72 dpi)" if abs(mpp - 25400 / 72) < 0.5 else ""
+        raise BadMpp(f"{uri}: {what} is {mpp:g}{hint}; between {low:g} and {high:g} um per pixel would do.")
+    return mpp
+
+
+def pyramid(sizes: Sequence[tuple[int, int]]) -> dict[int, Level]:
+    """Return the levels that belong to level 0's pyramid, by their index in `sizes`.
+
+    A level belongs when it is smaller than the one before and one factor explains both
+    of its sides to within a pixel (writers round up or down): a label or macro image,
+    or a level of another scene, does not.
+    """
+    size_px0 = sizes[0]
+    levels = {0: Level(size_px0, (1.0, 1.0))}
+    last = size_px0
+    for index, size in enumerate(sizes[1:], start=1):
+        smaller = min(size) >= 1 and size[0] <= last[0] and size[1] <= last[1] and size != last
+        if smaller and _same_shape(size_px0, size):
+            levels[index] = Level(size, level_downsample(size_px0, size))
+            last = size
+    return levels
+
+
+def _same_shape(size_px0: tuple[int, int], size: tuple[int, int]) -> bool:
+    lows = [whole / (part + 1) for whole, part in zip(size_px0, size, strict=True)]
+    highs = [whole / max(part - 1, 0.5) for whole, part in zip(size_px0, size, strict=True)]
+    return max(lows) <= min(highs)
+
+
+def inside(size: tuple[int, int], xy: tuple[int, int], box: tuple[int, int]) -> Box:
+    """Return the part (x0, y0, x1, y1) of a box inside a level of `size`; empty where x1 <= x0 or y1 <= y0."""
+    return max(xy[0], 0), max(xy[1], 0), min(xy[0] + box[0], size[0]), min(xy[1] + box[1], size[1])
+
+
+def on_white(rgba: Pixels) -> Pixels:
+    """Return RGB pixels of straight-alpha RGBA ones laid on white.
+
+    >>> on_white(np.array([[[10, 20, 30, 255], [10, 20, 30, 0]]], np.uint8)).tolist()
+    [[[10, 20, 30], [255, 255, 255]]]
+    """
+    if bool((rgba[..., 3] == WHITE).all()):
+        return rgba[..., :3]
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + WHITE * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def describe(uri: str, level: int, xy: tuple[int, int], size: tuple[int, int]) -> str:
+    """Return the words by which an error names a box."""
+    return f"{uri}, level {level}, x {xy[0]}, y {xy[1]}, {size[0]} x {size[1]} pixels"
+
+
+def file_size(path: Path) -> int:
+    """Return the bytes of a file, or of all files beside a slide that is a folder of them (MIRAX)."""
+    folder = path.with_suffix("")
+    if folder != path and folder.is_dir():
+        return path.stat().st_size + sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
+    return path.stat().st_size

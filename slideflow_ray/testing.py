@@ -1,0 +1,80 @@
+"""Shipped helpers for tests: what every SlideReader promises, as a class to inherit from."""
+
+from __future__ import annotations
+
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+from slideflow_ray.errors import ReadError
+from slideflow_ray.geometry import level_downsample
+from slideflow_ray.slides.base import SlideReader
+
+
+class SlideReaderTests:
+    """What a SlideReader promises, whatever stands behind it.
+
+    Inherit from it in a pytest module and give the subclass a fixture `reader` that
+    returns an open reader, a new one for each test, of a slide that is not all white.
+    """
+
+    def test_says_what_it_is(self, reader: SlideReader) -> None:
+        assert reader.name
+        assert reader.uri
+        assert all(isinstance(side, int) and side > 0 for side in reader.size_px0)
+        assert 0 < reader.mpp0 < 1e4
+
+    def test_levels_form_one_pyramid(self, reader: SlideReader) -> None:
+        assert reader.levels[0].size == reader.size_px0
+        assert reader.levels[0].downsample == (1.0, 1.0)
+        for finer, coarser in zip(reader.levels, reader.levels[1:], strict=False):
+            assert coarser.size[0] <= finer.size[0]
+            assert coarser.size[1] <= finer.size[1]
+            assert coarser.downsample == level_downsample(reader.size_px0, coarser.size)
+            assert abs(coarser.downsample[0] / coarser.downsample[1] - 1) < 0.05
+
+    def test_a_box_has_its_size_and_type(self, reader: SlideReader) -> None:
+        for level in range(len(reader.levels)):
+            pixels = reader.read(level, (1, 2), (13, 7))
+            assert pixels.shape == (7, 13, 3)
+            assert pixels.dtype == np.uint8
+
+    def test_a_box_does_not_depend_on_its_neighbourhood(self, reader: SlideReader) -> None:
+        for index, level in enumerate(reader.levels):
+            w, h = level.size
+            whole = reader.read(index, (0, 0), (min(w, 700), min(h, 600)))
+            for x, y in ((0, 0), (3, 5), (whole.shape[1] // 2, whole.shape[0] // 3)):
+                part = whole[y : y + 61, x : x + 97]
+                alone = reader.read(index, (x, y), (part.shape[1], part.shape[0]))
+                np.testing.assert_array_equal(alone, part, err_msg=f"level {index}, x {x}, y {y}")
+
+    def test_white_beyond_every_edge(self, reader: SlideReader) -> None:
+        for index, level in enumerate(reader.levels):
+            w, h = level.size
+            inside = reader.read(index, (0, 0), (5, 4))
+            corner = reader.read(index, (-3, -2), (8, 6))
+            assert (corner[:2] == 255).all()
+            assert (corner[:, :3] == 255).all()
+            np.testing.assert_array_equal(corner[2:, 3:], inside[:4, :5])
+            last = reader.read(index, (w - 5, h - 4), (5, 4))
+            end = reader.read(index, (w - 5, h - 4), (9, 6))
+            np.testing.assert_array_equal(end[:4, :5], last)
+            assert (end[4:] == 255).all()
+            assert (end[:, 5:] == 255).all()
+
+    def test_white_far_outside(self, reader: SlideReader) -> None:
+        w, h = reader.size_px0
+        for xy in ((w, 0), (0, h), (-50, 0), (w + 1000, h + 1000)):
+            assert (reader.read(0, xy, (20, 10)) == 255).all()
+
+    def test_a_closed_reader_says_so(self, reader: SlideReader) -> None:
+        with reader as same:
+            assert same is reader
+        with pytest.raises(ReadError, match=re.escape(reader.uri)):
+            reader.read(0, (0, 0), (8, 8))
+
+    def test_is_never_pickled(self, reader: SlideReader) -> None:
+        with pytest.raises(TypeError, match="inside the worker"):
+            pickle.dumps(reader)
