@@ -1,0 +1,250 @@
+"""A bundle is a folder: bundle.json (the card) and weights.safetensors. Cards are read without torch.
+
+Nothing here unpickles: weights are safetensors or they are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from slideflow_ray.errors import BundleError, ConfigError
+from slideflow_ray.specs import Positive, Spec, digest
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = 1
+CARD = "bundle.json"
+WEIGHTS = "weights.safetensors"
+OURS = ("small-cnn",)
+"""Architectures of our own, by the name that a card gives them."""
+
+OURS_TO_SET = frozenset(
+    [
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "checkpoint_path",
+        "cache_dir",
+        "scriptable",
+        "exportable",
+        "no_jit",
+        "weights",
+        "weights_backbone",
+        "progress",
+        "num_classes",
+        "in_chans",
+        "n_classes",
+        "channels",
+    ]
+)
+"""Arguments that a card may not give: they would download or unpickle, or they follow from the card."""
+
+Channel = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class BundleCard(Spec):
+    """What a bundle says of itself. The bundle owns tile size and scale, so nobody types them twice.
+
+    `mean` and `std` are those of red, green and blue scaled to 0..1, as training used them.
+    `precision` "auto" follows the compute profile; "fp32" is for a network that bf16 harms.
+    `arguments` go to the architecture's constructor.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    task: Literal["classify", "multilabel"]
+    architecture: str
+    arguments: dict[str, JsonValue] = Field(default={})
+    classes: tuple[Annotated[str, Field(min_length=1)], ...]
+    tile_px: Annotated[int, Field(ge=8, le=4096)]
+    mpp: Positive
+    channels: Literal[3] = 3
+    mean: tuple[Channel, Channel, Channel]
+    std: tuple[Positive, Positive, Positive]
+    precision: Literal["auto", "fp32"] = "auto"
+    licence: str = "unknown"
+    description: str = ""
+
+    @field_validator("architecture")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        library, _, name = value.partition(":")
+        if value in OURS or (library in ("torchvision", "timm") and name):
+            return value
+        near = get_close_matches(value, OURS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown architecture {value!r}{hint} Use {', '.join(OURS)}, torchvision:NAME or timm:NAME")
+
+    @field_validator("arguments")
+    @classmethod
+    def _harmless(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if bad := sorted(set(value) & OURS_TO_SET):
+            raise ValueError(f"{', '.join(bad)} cannot be given: weights and sizes come from the bundle itself")
+        return value
+
+    @model_validator(mode="after")
+    def _classes_fit_the_task(self) -> BundleCard:
+        least = 2 if self.task == "classify" else 1
+        if len(self.classes) < least:
+            raise ValueError(f"task {self.task!r} needs at least {least} classes, got {len(self.classes)}")
+        if len(set(self.classes)) < len(self.classes):
+            twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
+            raise ValueError(f"classes stand twice: {', '.join(twice)}")
+        return self
+
+    @property
+    def n_classes(self) -> int:
+        """The columns of a row of margins."""
+        return len(self.classes)
+
+    def to_json(self) -> str:
+        """Return the text of bundle.json."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"
+
+
+def read_card(folder: str | Path) -> BundleCard:
+    """Read and check a bundle's card, without torch and without the weights.
+
+    Raises BundleError when the folder or card is missing, is not JSON, is of another
+    schema, or has an unknown or bad key.
+    """
+    path = Path(folder) / CARD
+    return _parse_card(_read_json(path), path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise BundleError(f"There is no bundle folder {path.parent}.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleError(f"{path.parent} has no {CARD}.") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise BundleError(f"{path} holds a {type(values).__name__}, not a JSON object.")
+    return values
+
+
+def _parse_card(values: dict[str, Any], path: Path) -> BundleCard:
+    schema = values.get("schema")
+    if schema != SCHEMA or isinstance(schema, bool):
+        raise BundleError(
+            f"{path} has schema {schema!r}; this version of slideflow-ray reads schema {SCHEMA}.",
+            next_step="Use the version of slideflow-ray that wrote it, or write the bundle again.",
+        )
+    known = {field.alias or name for name, field in BundleCard.model_fields.items()}
+    for key in sorted(set(values) - known):
+        near = get_close_matches(key, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(sorted(known))}."
+        raise BundleError(f"{path} has an unknown key {key!r}{hint}", next_step="Correct bundle.json.")
+    try:
+        return BundleCard.parse(values, str(path))
+    except ConfigError as error:
+        raise BundleError(error.message, next_step="Correct bundle.json.") from error
+
+
+def weights_path(folder: str | Path) -> Path:
+    """Return the path of the weights, or raise BundleError when the file is missing."""
+    path = Path(folder) / WEIGHTS
+    if path.is_file():
+        return path
+    suffixes = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
+    foreign = [p.name for p in path.parent.glob("*") if p.suffix in suffixes]
+    hint = f" ({', '.join(sorted(foreign))} would have to be unpickled, which we never do)" if foreign else ""
+    raise BundleError(f"{path.parent} has no {WEIGHTS}{hint}.")
+
+
+def load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Read the state dict (tensors on the CPU). Raises BundleError when it is missing or is not safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = weights_path(folder)
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise BundleError(
+            f"{path} is not a complete safetensors file: {error}.",
+            next_step="Copy the bundle again from its source.",
+        ) from error
+
+
+def forward_digest(folder: str | Path) -> str:
+    """Return 12 hex digits of what changes margins: the weights' bytes and the card's part in the forward pass.
+
+    Names, licence and description are outside, so renaming a class keeps its scores. `tile_px` and `mpp`
+    are outside too: they shape the grid, whose own digest stands beside this one in every node's name.
+    """
+    card = read_card(folder)
+    with weights_path(folder).open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    said = {"task", "architecture", "arguments", "channels", "mean", "std", "precision"}
+    return digest({**card.model_dump(mode="json", include=said), "n_classes": card.n_classes, "weights": weights})
+
+
+def write_bundle(
+    folder: str | Path, card: BundleCard, state: Mapping[str, torch.Tensor], *, overwrite: bool = False
+) -> Path:
+    """Write a bundle as a whole or not at all, and return its folder. Equal input gives equal bytes.
+
+    Writing the same bundle again changes nothing. Raises BundleError when another bundle, or
+    anything else, stands there, unless told to `overwrite` (which replaces bundles only).
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        (new / CARD).write_text(card.to_json(), encoding="utf-8")
+        _write_weights(new / WEIGHTS, state)
+        if folder.exists():
+            if _same_bundle(folder, new):
+                return folder
+            _refuse_to_lose(folder, overwrite)
+            os.rename(folder, Path(scratch) / "old")
+        os.rename(new, folder)
+    return folder
+
+
+def _write_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    # No metadata: safetensors keeps it in a hash map, whose order would differ from write to write.
+    # A clone each: tied tensors are refused by safetensors, channels_last ones have no plain bytes.
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in sorted(state.items())}
+    save_file(tensors, path)
+    path.chmod(0o644)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _same_bundle(old: Path, new: Path) -> bool:
+    return all((old / name).is_file() and _sha256(old / name) == _sha256(new / name) for name in (CARD, WEIGHTS))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_to_lose(folder: Path, overwrite: bool) -> None:
+    if not (folder / CARD).is_file():
+        raise BundleError(f"{folder} exists and is not a bundle.", next_step="Choose another folder for the bundle.")
+    if not overwrite:
+        raise BundleError(
+            f"{folder} already holds another bundle.",
+            next_step="Choose another folder or name, or say that it may be overwritten.",
+        )
