@@ -117,6 +117,7 @@ class SlideStore:
         fill: float | bool,
         sharded: bool = False,
         attributes: Mapping[str, Any] | None = None,
+        dimension_names: tuple[str, ...] | None = None,
     ) -> None:
         """Create an array with rows first whose chunk (or shard) is `chunk_rows` rows; do nothing if it exists."""
         if self.has(f"{node}/zarr.json"):
@@ -134,6 +135,7 @@ class SlideStore:
             compressors=_COMPRESSORS,
             fill_value=fill,
             attributes=dict(attributes or {}),
+            dimension_names=dimension_names,
             config=_CONFIG,
         )
 

@@ -1,0 +1,326 @@
+"""The command line: one thin command per stage.
+
+Progress and errors go to standard error, data to standard output (``--json`` for
+machines). Exit codes: 0 all done, 2 configuration (nothing started), 3 finished with
+failures, 4 infrastructure (run again to resume), 5 verification mismatch, 70 bug,
+130 interrupted (run again to resume).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from slideflow_ray.errors import ConfigError, CorruptStore, InfrastructureError, SlideflowError
+
+if TYPE_CHECKING:
+    from slideflow_ray.accounting import RunResult
+    from slideflow_ray.specs import RunSpec
+
+app = typer.Typer(
+    name="slideflow-ray",
+    help="Distributed batch inference on large pathology slides.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+EXIT_OK, EXIT_CONFIG, EXIT_FAILURES, EXIT_INFRA, EXIT_VERIFY, EXIT_BUG, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 70, 130
+
+
+class ExecutorName(StrEnum):
+    """Where a run is worked off."""
+
+    inline = "inline"
+    ray = "ray"
+
+
+class PrecisionName(StrEnum):
+    """How the network computes."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class TilesName(StrEnum):
+    """What becomes of the pixels."""
+
+    lossless = "lossless"
+    none = "none"
+
+
+class DaskName(StrEnum):
+    """What works off the aggregation."""
+
+    threads = "threads"
+    ray = "ray"
+
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
+OutArgument = Annotated[Path, typer.Argument(help="Output folder of a run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def run(
+    target: Annotated[str | None, typer.Argument(help="run.toml, or one slide.")] = None,
+    cohort: Annotated[Path | None, typer.Option(help="cohort.csv (columns slide_id and uri at least).")] = None,
+    model: Annotated[list[Path] | None, typer.Option("--model", "-m", help="Bundle; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.")] = None,
+    executor: Annotated[ExecutorName, typer.Option(help="inline, or ray.")] = ExecutorName.inline,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else a local Ray.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="0: one for each core or GPU.")] = 0,
+    precision: Annotated[
+        PrecisionName, typer.Option(help="auto: bf16 where the hardware has it.")
+    ] = PrecisionName.auto,
+    micro_batch: Annotated[int, typer.Option(min=0, help="0: 16 on a CPU, 256 on a GPU.")] = 0,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
+    tiles: Annotated[TilesName, typer.Option(help="Keep raw tiles lossless, or none.")] = TilesName.lossless,
+    stride_px: Annotated[int | None, typer.Option(min=1, help="From tile to tile; default: the tile's size.")] = None,
+    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Least tissue of a tile.")] = 0.05,
+    mpp: Annotated[float | None, typer.Option(help="um per pixel of the one slide, if its file does not say.")] = None,
+    dask: Annotated[DaskName, typer.Option(help="Scheduler of the aggregation.")] = DaskName.threads,
+    retry: Annotated[bool, typer.Option("--retry", help="Try refused slides again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score slides; run again to resume. TARGET is run.toml or a slide, or give --cohort."""
+    from slideflow_ray.cohort import single_slide
+    from slideflow_ray.progress import to_stderr
+    from slideflow_ray.run import run as run_
+
+    settings = {
+        "stride_px": stride_px,
+        "min_tissue": min_tissue,
+        "store": {"tiles": tiles.value},
+        "compute": {"precision": precision.value, "micro_batch": micro_batch, "compile": compile},
+        "executor": {"kind": executor.value, "address": address, "workers": workers},
+        "dask": dask.value,
+    }
+    items = None
+    if target is not None and target.endswith(".toml"):
+        if cohort or model or out:
+            raise ConfigError("run.toml says cohort, model and out; give either the file or the options.")
+        spec = _toml(Path(target))
+    else:
+        if (target is None) == (cohort is None):
+            raise ConfigError("Give run.toml, or one slide, or --cohort.", next_step="slideflow-ray run --help")
+        if target is not None:
+            items = single_slide(target, mpp)
+        spec = _spec(str(cohort or ""), model, out, settings)
+    _finish_run(run_(spec, items, listen=to_stderr(), retry=retry), spec, as_json)
+
+
+def _toml(path: Path) -> RunSpec:
+    from slideflow_ray.specs import load_run
+
+    return load_run(path)
+
+
+def _spec(cohort: str, model: list[Path] | None, out: Path | None, settings: dict[str, Any]) -> RunSpec:
+    from slideflow_ray.specs import RunSpec
+
+    if not model or out is None:
+        raise ConfigError("--model and --out are needed.", next_step="slideflow-ray run --help")
+    models = [{"path": str(path.absolute())} for path in model]
+    values = {"cohort": cohort, "out": str(out.absolute()), "model": models, **settings}
+    return RunSpec.parse(values, "options")
+
+
+def _finish_run(result: RunResult, spec: RunSpec, as_json: bool) -> None:
+    counts = result.counts
+    if as_json:
+        typer.echo(json.dumps({"out": spec.out, **counts, "changed": result.changed}))
+    elif not result.changed and counts["done"] == len(result.ended):
+        typer.echo(f"Nothing to do: {counts['done']} slides were done already in {spec.out}")
+    else:
+        typer.echo(f"done {counts['done']}, failed {counts['failed']}, refused {counts['refused']}: {spec.out}")
+    if counts["failed"] or counts["refused"]:
+        for ended in result.ended:
+            if ended.status != "done":
+                typer.echo(f"  {ended.slide_id}: {ended.code} {ended.message} Next: {ended.next_step}", err=True)
+        raise typer.Exit(EXIT_FAILURES)
+
+
+@app.command()
+def plan(
+    cohort: Annotated[Path, typer.Option(help="cohort.csv.")],
+    model: Annotated[list[Path], typer.Option("--model", "-m", help="Bundle; may be repeated.")],
+    out: Out,
+    tiles: Annotated[TilesName, typer.Option(help="Keep raw tiles lossless, or none.")] = TilesName.lossless,
+    as_json: Json = False,
+) -> None:
+    """Lay the grids and say what a run will cost in tiles and bytes; nothing is scored."""
+    from slideflow_ray.run import plan as plan_
+
+    spec = _spec(str(cohort), model, out, {"store": {"tiles": tiles.value}})
+    cost = plan_(spec)
+    if as_json:
+        typer.echo(json.dumps(cost))
+    else:
+        for slide in cost["slides"]:
+            typer.echo("{slide_id}: {tiles} tiles, {todo} to score {note}".format(**slide).rstrip())
+        typer.echo("{tiles} tiles, {todo} to score, about {gigabytes:.2f} GB to store".format(**cost))
+    if any(slide["note"] for slide in cost["slides"]):
+        raise typer.Exit(EXIT_FAILURES)
+
+
+@app.command()
+def status(out: OutArgument, as_json: Json = False) -> None:
+    """Say how the slides of an output folder ended, and what is committed so far."""
+    from slideflow_ray.accounting import status as status_
+
+    found = status_(out)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo("{running}; done {done}, failed {failed}, refused {refused}".format(**found))
+    for failure in found["failures"]:
+        typer.echo("  {slide_id}: {code} {message} Next: {next_step}".format(**failure))
+
+
+@app.command()
+def verify(
+    out: OutArgument,
+    digest: Annotated[bool, typer.Option("--digest", help="Print one hash over stores, commits and tables.")] = False,
+) -> None:
+    """Compare everything committed with what is on disk; exit code 5 when anything differs."""
+    from slideflow_ray.store import tree_digest
+    from slideflow_ray.store import verify as verify_
+
+    nodes, wrong = verify_(out)
+    for line in wrong:
+        typer.echo(line, err=True)
+    if wrong:
+        raise CorruptStore(f"{len(wrong)} of the committed keys in {out} are not what was committed.")
+    typer.echo(f"{nodes} nodes are as committed", err=digest)
+    if digest:
+        typer.echo(tree_digest(out))
+
+
+@app.command()
+def evaluate(
+    out: OutArgument,
+    dask: Annotated[DaskName, typer.Option(help="Scheduler of the aggregation.")] = DaskName.threads,
+    as_json: Json = False,
+) -> None:
+    """Fix operating points on validation, apply them to test, write confusion and ROC."""
+    from slideflow_ray.evaluate import evaluate as evaluate_
+
+    found = evaluate_(out, scheduler=dask.value)
+    typer.echo(json.dumps(found.to_json()) if as_json else found.summary())
+
+
+@app.command()
+def report(out: OutArgument) -> None:
+    """Write report.html, one file that opens offline; print where it is."""
+    from slideflow_ray.report import write_report
+
+    typer.echo(write_report(out))
+
+
+@app.command()
+def train(
+    cohort: Annotated[Path, typer.Option(help="cohort.csv with split, and label or annotation.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle to write (a folder).")],
+    classes: Annotated[str, typer.Option(help="Class names, the background first: normal,tumor")],
+    tile_px: Annotated[int, typer.Option(min=8, help="Tile size in pixels at --mpp.")] = 224,
+    mpp: Annotated[float, typer.Option(help="um per pixel of the tiles.")] = 0.5,
+    architecture: Annotated[str, typer.Option(help="small-cnn, torchvision:NAME or timm:NAME.")] = "small-cnn",
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option()] = 0,
+    work: Annotated[Path | None, typer.Option(help="Where tiles are kept; default OUT.work.")] = None,
+) -> None:
+    """Train a tile classifier on the train split, keep the epoch that is best on val, write a bundle."""
+    from slideflow_ray.progress import to_stderr
+    from slideflow_ray.train.job import TrainJob
+    from slideflow_ray.train.job import train as train_
+
+    values = {
+        "cohort": str(cohort.absolute()),
+        "out": str(out.absolute()),
+        "work": str((work or out.with_name(out.name + ".work")).absolute()),
+        "classes": tuple(name.strip() for name in classes.split(",")),
+        "tile": {"tile_px": tile_px, "mpp": mpp},
+        "fit": {"architecture": architecture, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed},
+    }
+    job = TrainJob.parse(values, "options")
+    typer.echo(train_(job, listen=to_stderr()).summary())
+
+
+@app.command()
+def phantoms(
+    folder: Annotated[Path, typer.Argument(help="Where to write slides, annotations and cohort.csv.")],
+    slides: Annotated[int, typer.Option(min=3)] = 12,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Write a cohort of generated H&E slides with their truth; print where its cohort.csv is."""
+    from slideflow_ray.phantoms import write_cohort
+
+    typer.echo(write_cohort(folder, slides=slides, seed=seed))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything the demo makes.")] = Path("demo-out"),
+    executor: Annotated[ExecutorName, typer.Option(help="inline, or ray.")] = ExecutorName.ray,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Make phantom slides, train on them, score them, evaluate, write the report."""
+    from slideflow_ray.demo import demo as demo_
+
+    typer.echo(demo_(out.absolute(), executor=executor.value, seed=seed))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do: versions, cores, memory, GPU, precision, readers."""
+    from slideflow_ray.doctor import examine
+
+    for name, value in examine().items():
+        typer.echo(f"{name:14} {value}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with one of the documented codes."""
+    try:
+        _leave(app(arguments, standalone_mode=False) or EXIT_OK)
+    except SlideflowError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(_code(error))
+    except typer.Exit as end:
+        _leave(end.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _leave(EXIT_INTERRUPTED)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # the command line's own usage errors
+            error.show()
+            sys.exit(EXIT_CONFIG)
+        raise
+
+
+def _leave(code: int) -> NoReturn:
+    if code == EXIT_INTERRUPTED:
+        typer.echo("Interrupted; run the same command again to resume.", err=True)
+    sys.exit(code)
+
+
+def _code(error: SlideflowError) -> int:
+    if isinstance(error, CorruptStore):
+        return EXIT_VERIFY
+    if isinstance(error, InfrastructureError):
+        return EXIT_INFRA
+    return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILURES
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The demo: the functions that a user calls, one after the other, on phantom slides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slideflow_ray.events import Listener
+from slideflow_ray.progress import to_stderr
+from slideflow_ray.specs import RunSpec
+
+SLIDES = 15
+TILE_PX, MPP = 128, 1.0
+
+
+def demo(out: Path, executor: str = "ray", seed: int = 0, listen: Listener | None = None) -> str:
+    """Make a cohort, train, score, evaluate and report below `out`; return what to tell the user.
+
+    The slides are phantoms: generated pictures, so the figures say that the path works
+    and nothing about tissue.
+    """
+    from slideflow_ray.evaluate import evaluate
+    from slideflow_ray.phantoms import write_cohort
+    from slideflow_ray.report import write_report
+    from slideflow_ray.run import run
+    from slideflow_ray.train.job import TrainJob, train
+
+    listen = listen or to_stderr()
+    cohort = write_cohort(out / "cohort", slides=SLIDES, seed=seed)
+    values = {
+        "cohort": str(cohort),
+        "out": str(out / "models" / "phantom-tumor"),
+        "work": str(out / "train"),
+        "classes": ("normal", "tumor"),
+        "tile": {"tile_px": TILE_PX, "mpp": MPP},
+        "fit": {"architecture": "small-cnn", "epochs": 6, "seed": seed},
+    }
+    trained = train(TrainJob.parse(values, "demo"), listen=listen)
+    spec = {
+        "cohort": str(cohort),
+        "out": str(out / "run"),
+        "model": [{"path": str(trained.bundle)}],
+        "executor": {"kind": executor},
+    }
+    result = run(RunSpec.parse(spec, "demo"), listen=listen)
+    found = evaluate(out / "run")
+    page = write_report(out / "run")
+    counts = ", ".join(f"{status} {n}" for status, n in result.counts.items())
+    return f"{found.summary()}\n{counts}\nReport: {page}"

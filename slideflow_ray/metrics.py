@@ -1,0 +1,507 @@
+"""Margin histograms that add up, ROC, rules for the operating point, Confusion, intervals over patients.
+
+Pure NumPy. A margin is log p/(1-p) of one class against the rest, float32. Its bin is the
+top 16 bits of the ordered float32 (sign, exponent, 7 bits of mantissa), so there are
+65,536 bins, about 128 per factor of two; counts are integers and add up in any order, and
+every threshold is a bin's edge, so counts at a threshold are exact.
+
+Positive means score >= threshold throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+BINS = 65_536
+LOWEST_BIN, HIGHEST_BIN = 0x007F, 0xFF80
+"""The bins of -inf and +inf; what lies beyond is NaN."""
+
+MIN_PATIENTS = 5
+"""Below this many patients no interval is given: resampling so few says nothing about others."""
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Margins = npt.NDArray[np.float32]
+Interval = tuple[float, float]
+
+
+# histograms
+
+
+def bin_of(margins: npt.ArrayLike) -> npt.NDArray[np.uint16]:
+    """Return the bin of each margin, uint16, same shape; larger margins never have smaller bins.
+
+    -0.0 counts as 0.0, the infinities have bins of their own. Raises ValueError for NaN.
+
+    >>> bin_of([-1.0, -0.0, 0.0, 1.0]).tolist()
+    [16511, 32768, 32768, 49024]
+    """
+    values = np.asarray(margins, np.float32) + np.float32(0)  # -0.0 + 0.0 is 0.0
+    if np.isnan(values).any():
+        raise ValueError(f"{np.count_nonzero(np.isnan(values))} of {values.size} margins are NaN.")
+    signed = values.view(np.int32) >> 16
+    # Positive floats order like their bits; negative ones the other way round, below them.
+    return ((signed ^ ((signed >> 31) & 0x7FFF)) + 0x8000).astype(np.uint16)
+
+
+def edge_of(bins: npt.ArrayLike) -> Margins:
+    """Return the smallest float32 in each bin, so that score >= edge_of(b) exactly when bin_of(score) >= b.
+
+    Raises ValueError for a bin that holds no number.
+
+    >>> float(edge_of(32768)), float(edge_of(bin_of([1.0]))[0])
+    (0.0, 1.0)
+    """
+    index = np.asarray(bins, np.int64)
+    if ((index < LOWEST_BIN) | (index > HIGHEST_BIN)).any():
+        raise ValueError(f"bins lie between {LOWEST_BIN} and {HIGHEST_BIN}.")
+    ordered = (index << 16).astype(np.uint32)
+    bits = np.where(index >= 0x8000, ordered ^ np.uint32(0x80000000), ~ordered)
+    edges = bits.astype(np.uint32).view(np.float32)
+    return np.where(index == LOWEST_BIN, np.float32(-np.inf), edges).astype(np.float32)
+
+
+def histogram(margins: npt.ArrayLike) -> Ints:
+    """Return how many margins lie in each bin, int64 (65536,). Histograms add up. Raises ValueError for NaN."""
+    return np.bincount(bin_of(margins).ravel(), minlength=BINS).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """The occupied bins of a histogram: bins uint16 (n,), rising, and their counts int64 (n,), all above 0."""
+
+    bins: npt.NDArray[np.uint16]
+    counts: Ints
+
+    @classmethod
+    def of(cls, margins: npt.ArrayLike) -> Self:
+        """Count margins."""
+        return cls.from_dense(histogram(margins))
+
+    @classmethod
+    def from_dense(cls, counts: Ints) -> Self:
+        """Keep the occupied bins of a histogram of 65,536."""
+        occupied = np.flatnonzero(counts)
+        return cls(occupied.astype(np.uint16), counts[occupied])
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Count nothing."""
+        return cls(np.empty(0, np.uint16), np.empty(0, np.int64))
+
+    @property
+    def total(self) -> int:
+        """How many margins were counted."""
+        return int(self.counts.sum())
+
+    def dense(self) -> Ints:
+        """Return all 65,536 counts."""
+        out = np.zeros(BINS, np.int64)
+        out[self.bins] = self.counts
+        return out
+
+    def at_least(self, threshold: float) -> int:
+        """Return how many margins are >= `threshold`, which must be a bin's edge."""
+        return int(self.counts[self.bins >= _edge_bin(threshold)].sum())
+
+    def __add__(self, other: Self) -> Self:
+        both = np.concatenate([self.bins, other.bins])
+        bins, place = np.unique(both, return_inverse=True)
+        counts = np.zeros(len(bins), np.int64)
+        np.add.at(counts, place, np.concatenate([self.counts, other.counts]))
+        return type(self)(bins, counts)
+
+
+def together(histograms: Iterable[Sparse]) -> Ints:
+    """Return the sum of histograms, all 65,536 counts."""
+    out = np.zeros(BINS, np.int64)
+    for one in histograms:
+        out[one.bins] += one.counts
+    return out
+
+
+def _edge_bin(threshold: float) -> int:
+    found = int(bin_of([threshold])[0])
+    if float(edge_of(found)) != threshold:
+        raise ValueError(f"The threshold {threshold} is no bin's edge, so counts at it would not be exact.")
+    return found
+
+
+# ROC
+
+
+@dataclass(frozen=True, eq=False)
+class Roc:
+    """Counts at every occupied threshold, from the highest down; all arrays have one entry per threshold.
+
+    thresholds : float32; tp, fp : int64; positives, negatives : the totals.
+    """
+
+    thresholds: Margins
+    tp: Ints
+    fp: Ints
+    positives: int
+    negatives: int
+
+    @property
+    def tpr(self) -> Floats:
+        """Sensitivity at each threshold; NaN without positives."""
+        return _share(self.tp, self.positives)
+
+    @property
+    def fpr(self) -> Floats:
+        """1 - specificity at each threshold; NaN without negatives."""
+        return _share(self.fp, self.negatives)
+
+    @property
+    def precision(self) -> Floats:
+        """Share of the called that are positive, at each threshold."""
+        return self.tp / (self.tp + self.fp)
+
+    def curve(self) -> tuple[Floats, Floats]:
+        """Return (fpr, tpr) for drawing: from (0, 0), where nothing is called, to (1, 1)."""
+        return np.r_[0.0, self.fpr], np.r_[0.0, self.tpr]
+
+
+def _share(part: Ints, whole: int) -> Floats:
+    return part / whole if whole else np.full(len(part), np.nan)
+
+
+def roc(pos: Ints, neg: Ints) -> Roc:
+    """Return the ROC of two histograms, positives' and negatives', int64 (65536,) each."""
+    occupied = np.flatnonzero(pos + neg)[::-1]
+    return Roc(
+        thresholds=edge_of(occupied),
+        tp=np.cumsum(pos[occupied]),
+        fp=np.cumsum(neg[occupied]),
+        positives=int(pos.sum()),
+        negatives=int(neg.sum()),
+    )
+
+
+def auc(pos: Ints, neg: Ints) -> float:
+    """Return the area under the ROC of two histograms: P(positive > negative) + P(equal) / 2; NaN if one is empty.
+
+    Margins of one bin count as equal. The sum is of integers, hence exact and free of order
+    (Mann and Whitney, Ann. Math. Stat. 18 (1947) 50-60).
+    """
+    pairs = int(pos.sum()) * int(neg.sum())
+    if not pairs:
+        return math.nan
+    occupied = np.flatnonzero(pos)
+    below = np.cumsum(neg) - neg
+    # Python integers: 1e9 positives against 1e10 negatives would overflow int64
+    twice = (2 * below + neg)[occupied].astype(object) @ pos[occupied].astype(object)
+    return float(twice / (2 * pairs))
+
+
+def average_precision(pos: Ints, neg: Ints) -> float:
+    """Return the sum over thresholds of precision times the gain in recall; NaN without positives."""
+    if not pos.any():
+        return math.nan
+    curve = roc(pos, neg)
+    gain = np.diff(curve.tp, prepend=0) / curve.positives
+    return float(gain @ curve.precision)
+
+
+# the operating point
+
+
+Rule = Callable[[Ints, Ints], float]
+"""(positives' histogram, negatives' histogram) -> a threshold that is a bin's edge."""
+
+
+def youden(pos: Ints, neg: Ints) -> float:
+    """Return the threshold that maximises sensitivity + specificity; the highest of equals.
+
+    W. J. Youden, Cancer 3 (1950) 32-35. Compared as integers, so equals are equal.
+    Raises ValueError when there are no positives or no negatives.
+    """
+    curve = _both_classes(pos, neg)
+    # TPR - FPR times both totals; Python integers cannot overflow
+    gain = curve.tp.astype(object) * curve.negatives - curve.fp.astype(object) * curve.positives
+    return float(curve.thresholds[int(np.argmax(gain))])
+
+
+def best_f1(pos: Ints, neg: Ints) -> float:
+    """Return the threshold of the largest F1; the highest of equals. Raises ValueError as `youden` does."""
+    curve = _both_classes(pos, neg)
+    return float(curve.thresholds[int(np.argmax(2 * curve.tp / (curve.tp + curve.fp + curve.positives)))])
+
+
+def fixed_sensitivity(at_least: float) -> Rule:
+    """Return the rule: the highest threshold whose sensitivity is at least this."""
+
+    def rule(pos: Ints, neg: Ints) -> float:
+        curve = _both_classes(pos, neg)
+        return float(curve.thresholds[int(np.argmax(curve.tp >= at_least * curve.positives))])
+
+    return rule
+
+
+def fixed_specificity(at_least: float) -> Rule:
+    """Return the rule: the lowest threshold whose specificity is at least this; above every score if none is."""
+
+    def rule(pos: Ints, neg: Ints) -> float:
+        curve = _both_classes(pos, neg)
+        good = np.flatnonzero(curve.negatives - curve.fp >= at_least * curve.negatives)
+        if len(good):
+            return float(curve.thresholds[good[-1]])
+        above = int(bin_of(curve.thresholds[:1])[0]) + 1
+        return float(edge_of(min(above, HIGHEST_BIN)))
+
+    return rule
+
+
+def fixed_probability(p: float) -> Rule:
+    """Return the rule: probability `p` whatever the data; its margin is rounded down to a bin's edge."""
+    if not 0 < p < 1:
+        raise ValueError(f"a probability lies between 0 and 1, got {p}")
+    edge = float(edge_of(bin_of([math.log(p / (1 - p))]))[0])
+    return lambda pos, neg: edge
+
+
+def _both_classes(pos: Ints, neg: Ints) -> Roc:
+    curve = roc(pos, neg)
+    if not curve.positives or not curve.negatives:
+        raise ValueError(f"{curve.positives} positives and {curve.negatives} negatives: both are needed.")
+    return curve
+
+
+def counts_at(pos: Ints, neg: Ints, threshold: float) -> Counts:
+    """Return the exact counts at a threshold that is a bin's edge; raises ValueError for another one."""
+    first = _edge_bin(threshold)
+    tp, fp = int(pos[first:].sum()), int(neg[first:].sum())
+    return Counts(tp=tp, fn=int(pos.sum()) - tp, fp=fp, tn=int(neg.sum()) - fp)
+
+
+# counts and confusion
+
+
+def ratio(part: float, whole: float) -> float:
+    """Return part / whole, or NaN where there is nothing to divide by."""
+    return part / whole if whole else math.nan
+
+
+@dataclass(frozen=True)
+class Counts:
+    """True and false positives and negatives of one class. They add up; rates come last, NaN if undefined."""
+
+    tp: int = 0
+    fn: int = 0
+    fp: int = 0
+    tn: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.tp + other.tp, self.fn + other.fn, self.fp + other.fp, self.tn + other.tn)
+
+    @property
+    def total(self) -> int:
+        """Everything counted."""
+        return self.tp + self.fn + self.fp + self.tn
+
+    @property
+    def sensitivity(self) -> float:
+        """Share of the positives that are called (recall)."""
+        return ratio(self.tp, self.tp + self.fn)
+
+    @property
+    def specificity(self) -> float:
+        """Share of the negatives that are not called."""
+        return ratio(self.tn, self.tn + self.fp)
+
+    @property
+    def ppv(self) -> float:
+        """Share of the called that are positive (precision)."""
+        return ratio(self.tp, self.tp + self.fp)
+
+    @property
+    def npv(self) -> float:
+        """Share of those not called that are negative."""
+        return ratio(self.tn, self.tn + self.fn)
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of sensitivity and ppv."""
+        return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+
+    @property
+    def accuracy(self) -> float:
+        """Share that is called rightly."""
+        return ratio(self.tp + self.tn, self.total)
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean of sensitivity and specificity."""
+        return (self.sensitivity + self.specificity) / 2
+
+    def confusion(self, negative: str, positive: str) -> Confusion:
+        """Return the 2 x 2 table: true classes as rows, negative first."""
+        return Confusion((negative, positive), np.array([[self.tn, self.fp], [self.fn, self.tp]], np.int64))
+
+
+RATES = ("sensitivity", "specificity", "ppv", "npv", "f1", "accuracy", "balanced_accuracy")
+
+
+@dataclass(frozen=True, eq=False)
+class Confusion:
+    """How often each class was called what: counts int64 (K, K), true classes as rows. They add up."""
+
+    classes: tuple[str, ...]
+    counts: Ints
+
+    def __post_init__(self) -> None:
+        k = len(self.classes)
+        if self.counts.shape != (k, k) or (self.counts < 0).any():
+            raise ValueError(f"{k} classes need counts of shape {(k, k)}, none negative; got {self.counts.shape}.")
+
+    @classmethod
+    def of(cls, truth: npt.ArrayLike, called: npt.ArrayLike, classes: Sequence[str]) -> Self:
+        """Count pairs of class numbers, shape (n,) each. Raises ValueError for a number that is no class."""
+        k = len(classes)
+        rows, cols = np.asarray(truth, np.int64), np.asarray(called, np.int64)
+        if rows.shape != cols.shape or (np.r_[rows, cols] < 0).any() or (np.r_[rows, cols] >= k).any():
+            raise ValueError(f"truth and called must have one shape and lie between 0 and {k - 1}.")
+        return cls(tuple(classes), np.bincount(rows * k + cols, minlength=k * k).reshape(k, k).astype(np.int64))
+
+    @classmethod
+    def zeros(cls, classes: Sequence[str]) -> Self:
+        """Count nothing."""
+        return cls(tuple(classes), np.zeros((len(classes), len(classes)), np.int64))
+
+    def __add__(self, other: Self) -> Self:
+        if self.classes != other.classes:
+            raise ValueError(f"Confusions of {self.classes} and {other.classes} do not add up.")
+        return type(self)(self.classes, self.counts + other.counts)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Confusion)
+            and self.classes == other.classes
+            and bool(np.array_equal(self.counts, other.counts))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def total(self) -> int:
+        """Everything counted."""
+        return int(self.counts.sum())
+
+    def by_true(self) -> Floats:
+        """Return each row's shares; NaN in the row of a class that never occurs."""
+        rows = self.counts.sum(axis=1, keepdims=True)
+        shares: Floats = np.divide(self.counts, rows, out=np.full(self.counts.shape, np.nan), where=rows > 0)
+        return shares
+
+    def by_total(self) -> Floats:
+        """Return shares of everything; NaN where nothing was counted."""
+        return np.array([[ratio(int(n), self.total) for n in row] for row in self.counts], np.float64)
+
+    def one_against_rest(self, index: int) -> Counts:
+        """Return the counts of one class against all others."""
+        tp = int(self.counts[index, index])
+        fn = int(self.counts[index].sum()) - tp
+        fp = int(self.counts[:, index].sum()) - tp
+        return Counts(tp, fn, fp, self.total - tp - fn - fp)
+
+    @property
+    def accuracy(self) -> float:
+        """Share on the diagonal."""
+        return ratio(int(np.trace(self.counts)), self.total)
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall over the classes that occur; NaN if none does."""
+        recall = np.diagonal(self.by_true())
+        occurs = ~np.isnan(recall)
+        return float(recall[occurs].mean()) if occurs.any() else math.nan
+
+    @property
+    def kappa(self) -> float:
+        """Agreement beyond chance (Cohen, Educ. Psychol. Meas. 20 (1960) 37-46); NaN where chance agrees always."""
+        rows, cols = (self.counts.sum(axis=axis).astype(object) for axis in (1, 0))
+        chance = ratio(int(rows @ cols), self.total**2)
+        return ratio(self.accuracy - chance, 1 - chance) if chance == chance else math.nan
+
+
+# intervals over patients
+
+
+def resample_weights(patients: int, resamples: int = 1000, seed: int = 0) -> Ints:
+    """Return how often each patient is drawn, int64 (resamples, patients): as many draws, with replacement."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(patients, np.full(patients, 1 / patients), size=resamples).astype(np.int64)
+
+
+def pairwise_wins(pos: Sequence[Sparse], neg: Sequence[Sparse], block: int = 1024) -> Floats:
+    """Return U, float64 (P, P): pairs won by patient p's positives against patient q's negatives, ties at 1/2.
+
+    AUC of any resample with weights w is then w U w / (w pos)(w neg), in P^2 steps instead
+    of a pass over the scores. Memory is P^2 and two blocks of P x `block` bins.
+    """
+    n = len(pos)
+    wins, below = np.zeros((n, n)), np.zeros(n)
+    occupied = np.unique(np.concatenate([h.bins for h in [*pos, *neg]])) if n else np.empty(0, np.uint16)
+    for start in range(0, len(occupied), block):
+        bins = occupied[start : start + block]
+        ours, theirs = (_columns(side, bins) for side in (pos, neg))
+        upto = below[:, None] + np.cumsum(theirs, axis=1)
+        wins += ours @ (upto - theirs / 2).T
+        below = upto[:, -1]
+    return wins
+
+
+def _columns(histograms: Sequence[Sparse], bins: npt.NDArray[np.uint16]) -> Floats:
+    """The counts of each histogram in `bins` (rising), float64 (P, len(bins))."""
+    out = np.zeros((len(histograms), len(bins)))
+    for row, histogram in zip(out, histograms, strict=True):
+        first, last = np.searchsorted(histogram.bins, [bins[0], bins[-1]], side="left")
+        last += int(last < len(histogram.bins) and histogram.bins[last] == bins[-1])
+        row[np.searchsorted(bins, histogram.bins[first:last])] = histogram.counts[first:last]
+    return out
+
+
+def auc_interval(
+    pos: Sequence[Sparse], neg: Sequence[Sparse], *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval | None:
+    """Return the percentile interval of AUC when patients are resampled; entry p of `pos`, `neg` is patient p's.
+
+    Tiles of one patient resemble each other, so patients are drawn, not tiles. Resamples
+    that hold one class only have no AUC and are left out. None below five patients, or when
+    more than half of the resamples are left out.
+    """
+    if len(pos) < MIN_PATIENTS:
+        return None
+    weights = resample_weights(len(pos), resamples, seed).astype(np.float64)
+    won = np.einsum("rp,rp->r", weights @ pairwise_wins(pos, neg), weights)
+    totals = [weights @ np.array([h.total for h in side], np.float64) for side in (pos, neg)]
+    return _percentiles(won, totals[0] * totals[1], level)
+
+
+def rate_interval(
+    part: npt.ArrayLike, whole: npt.ArrayLike, *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval | None:
+    """Return the percentile interval of sum(part) / sum(whole) when patients are resampled, (P,) counts each.
+
+    The same draws as `auc_interval` with the same seed; None in the same cases.
+    """
+    parts, wholes = np.asarray(part, np.float64), np.asarray(whole, np.float64)
+    if len(parts) < MIN_PATIENTS:
+        return None
+    weights = resample_weights(len(parts), resamples, seed).astype(np.float64)
+    return _percentiles(weights @ parts, weights @ wholes, level)
+
+
+def _percentiles(part: Floats, whole: Floats, level: float) -> Interval | None:
+    defined = whole > 0
+    if 2 * np.count_nonzero(defined) < len(whole):
+        return None
+    low, high = np.quantile(part[defined] / whole[defined], [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
