@@ -548,7 +548,7 @@ def _slide_rows(
 
 def _patient_rows(run: Run, model: Model, tiles: Tiles, points: Sequence[OperatingPoint]) -> Iterator[dict[str, Any]]:
     frozen = {p.class_name: p.threshold for p in points if p.level == "patient"}
-    slides = Counter((item.split, item.patient) for item in run.items if item.slide_id in tiles.slides)
+    slides = Counter(f"{item.split} {item.patient}" for item in run.items if item.slide_id in tiles.slides)
     for c in model.targets:
         name = model.classes[c]
         for split in (None, "train", FITTED, JUDGED):
@@ -559,7 +559,7 @@ def _patient_rows(run: Run, model: Model, tiles: Tiles, points: Sequence[Operati
                     "model": model.node,
                     "name": model.name,
                     "class": name,
-                    "slides": slides[split, patient],
+                    "slides": slides[f"{split} {patient}"],
                     "truth": bool(truth) if truth >= 0 else None,
                     "called": top >= frozen[name] if name in frozen else None,
                     "score_max": top,

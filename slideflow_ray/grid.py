@@ -67,7 +67,9 @@ def make_grid(
     makes the rest white, and no tissue). A tile is kept when its tissue fraction is at
     least `spec.min_tissue` and above 0. Tiles come block by block, `block` x `block`
     cells, row by row inside and between, so that neighbours in the table are
-    neighbours on the slide. Raises BadMpp where `spec.mpp` is more than 1.25 times
+    neighbours on the slide. All boxes have the size round(tile_px * scale), so between
+    two neighbours a gap or overlap of one px0 may remain; tissue in such a gap is in no
+    box. Raises BadMpp where `spec.mpp` is more than 1.25 times
     finer than level 0.
     """
     scale = scale_of(spec.mpp, mpp0)

@@ -474,8 +474,9 @@ def auc_interval(
     """Return the percentile interval of AUC when patients are resampled; entry p of `pos`, `neg` is patient p's.
 
     Tiles of one patient resemble each other, so patients are drawn, not tiles. Resamples
-    that hold one class only have no AUC and are left out. None below five patients, or when
-    more than half of the resamples are left out.
+    that hold one class only have no AUC and are left out. None below five patients, when more
+    than half of the resamples are left out, and when all resamples agree: a perfect result
+    looks certain to resampling, however few the patients.
     """
     if len(pos) < MIN_PATIENTS:
         return None
@@ -504,4 +505,4 @@ def _percentiles(part: Floats, whole: Floats, level: float) -> Interval | None:
     if 2 * np.count_nonzero(defined) < len(whole):
         return None
     low, high = np.quantile(part[defined] / whole[defined], [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return (float(low), float(high)) if low < high else None

@@ -27,16 +27,21 @@ class RunProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self.verb = "scored"
-        self.slides = self.ended = self.tiles_known = self.tiles_done = self.planned = 0
-        self._start = self._said = time.monotonic()
         self._bar: Progress | None = None
+        self._begin(0, "scored")
+
+    def _begin(self, slides: int, verb: str) -> None:
+        """Count from zero: one listener may hear several runs."""
+        self.slides, self.verb = slides, verb
+        self.ended = self.tiles_known = self.tiles_done = self.planned = 0
+        self._start = self._said = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         """Listen to one event."""
         match event:
             case RunStarted():
-                self._begin(event)
+                self._begin(event.slides, "scored" if event.models else "stored")
+                self._announce(event)
             case SlidePlanned():
                 if not self.planned:  # the rate leaves the start-up of workers out
                     self._start = time.monotonic()
@@ -56,9 +61,7 @@ class RunProgress:
                 self._finish(event)
         self._show()
 
-    def _begin(self, event: RunStarted) -> None:
-        self.slides, self._start = event.slides, time.monotonic()
-        self.verb = "scored" if event.models else "stored"
+    def _announce(self, event: RunStarted) -> None:
         what = f"with {', '.join(event.models)}" if event.models else "without a model (tiles only)"
         self.say(f"{event.slides} slides {what}, {event.executor}, {event.workers} workers")
         if self.console.is_terminal:

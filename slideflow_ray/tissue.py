@@ -30,7 +30,7 @@ BLOCK_PX: Final = 4096
 """Level pixels per side of what is read at once for the thumbnail: 50 MB."""
 
 CHROMA: Final = (0.016, 0.022)
-"""Densities between which the threshold of tissue lies: noise on glass is below, fat and mucus above."""
+"""Densities between which the threshold of tissue lies: 9 and 12 grey levels of colour on white glass."""
 
 GREY_DENSITY: Final = (0.08, 0.16)
 """The same for silver stains, whose tissue is grey."""

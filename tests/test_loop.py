@@ -112,6 +112,7 @@ def test_it_learns_textures(val: Tiles) -> None:
     assert last.val.auc > 0.95
     assert last.val.accuracy > 0.9
     assert last.train_loss < trained.history[0].train_loss
+    assert trained.state_dict["features.0.1.num_batches_tracked"] == 12 * (trained.best_epoch + 1)  # batch norms learnt
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -156,7 +157,8 @@ def test_without_validation_the_last_epoch_is_kept(train: Tiles) -> None:
 
 
 def test_an_epoch_repeated_after_a_fault_gives_the_same_weights(train: Tiles, val: Tiles) -> None:
-    how, of = spec(epochs=3, optimiser="rmsprop", augment=True), card()
+    how = spec(epochs=3, optimiser="rmsprop", augment=True, arguments={"width": 16, "dropout": 0.3})
+    of = card(arguments=how.arguments)
     whole = fit(of, how, train)
     counts = loop.count_labels(of, train, how)
     with loop.reproducible(how.seed, how.threads):

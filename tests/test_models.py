@@ -330,18 +330,23 @@ def test_a_network_that_cannot_be_folded_stays_as_it_is() -> None:
     assert isinstance(folded.get_submodule("norm"), nn.BatchNorm2d)
 
 
-def test_a_norm_used_twice_is_not_folded() -> None:
+def test_a_norm_used_twice_is_not_folded_and_the_others_are() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
-            self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 2)
+            self.shared, self.head = nn.BatchNorm2d(4), nn.Linear(4, 2)
+            self.c, self.own = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head((self.norm(self.a(x)) - self.norm(self.b(x))).mean((2, 3)))
+            y = self.shared(self.a(x)) - self.shared(self.b(x))
+            return self.head(self.own(self.c(y)).mean((2, 3)))
 
     net, x = Shared().eval(), torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(fold_batch_norms(net, x)(x), net(x))
+    folded = fold_batch_norms(net, x)
+    torch.testing.assert_close(folded(x), net(x))
+    assert isinstance(folded.get_submodule("shared"), nn.BatchNorm2d)
+    assert isinstance(folded.get_submodule("own"), nn.Identity)
 
 
 # Building and loading
@@ -381,6 +386,7 @@ def test_inception_with_auxiliary_head_gives_logits_in_evaluation() -> None:
         ("timm:vit_tiny_patch16_225", "timm:vit_tiny_patch16_224"),
         ("timm:hf-hub:someone/model", "Unknown"),
         ("timm:local-dir:/tmp/x", "Unknown"),
+        ("timm:resnet18.hf-hub:someone/model", "Unknown"),
         ("torchvision:fasterrcnn_resnet50_fpn", "Unknown"),
     ],
 )

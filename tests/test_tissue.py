@@ -15,7 +15,7 @@ from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import TissueSpec
 from slideflow_ray.tissue import TissueMask, cleaned, find_tissue, fraction_in, otsu, stained, thumbnail
 
-PINK, PURPLE, PALE, GLASS = (221, 160, 200), (120, 70, 150), (236, 226, 233), (243, 243, 245)
+PINK, PURPLE, PALE, GLASS = (221, 160, 200), (120, 70, 150), (234, 220, 231), (243, 243, 245)
 INKS = {"blue": (60, 110, 200), "green": (60, 175, 95), "black": (40, 40, 42)}
 
 
@@ -62,11 +62,14 @@ def test_a_phantoms_tissue_is_found_and_its_pen_is_not(tmp_path, seed, tumour):
     assert found.rule == "he"
     assert found.mask.shape == truth.tissue.shape == (113, 156)
     wanted = truth.tissue & ~truth.pen
-    assert (found.mask & wanted).sum() / (found.mask | wanted).sum() > 0.93
+    assert (found.mask & wanted).sum() / (found.mask | wanted).sum() > 0.9
+    assert found.mask[wanted].mean() > 0.96
     on_glass = truth.pen & ~ndimage.binary_dilation(truth.tissue, iterations=3)
     assert on_glass.sum() > 20
     assert not (found.mask & on_glass).any()
-    assert not found.mask[ndimage.distance_transform_edt(~(truth.tissue | truth.pen)) > 5].any()  # dust
+    assert not found.mask[
+        ndimage.distance_transform_edt(~(truth.tissue | truth.pen)) > 5
+    ].any()  # dust (fat cells overhang)
 
 
 def test_real_tissue(data):
@@ -135,7 +138,7 @@ def test_black_frames_and_grey_dust_are_no_tissue():
 
 def test_grey_silver_tissue_is_found():
     rgb = painted(80, 120)
-    paint(rgb, (20, 60, 30, 90), (150, 148, 146))
+    paint(rgb, (20, 60, 30, 90), (150, 150, 151), noise=1)
     assert find_tissue(ArrayReader(rgb), TissueSpec(), "silver").mask[22:58, 32:88].all()
     assert not find_tissue(ArrayReader(rgb), TissueSpec(), "he").mask[30:50, 40:80].any()
 

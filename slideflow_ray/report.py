@@ -1,0 +1,435 @@
+"""One self-contained HTML: the answer first, then what failed, what ran, curves, tables and slides.
+
+Slides, outlines and heatmaps are drawn in one frame, px0, so they cannot lie out of
+register. Nothing is fetched: pictures are data URIs, and every text is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+
+from slideflow_ray import accounting, aggregate, storage
+from slideflow_ray.annotations import class_of, read_geojson, rings_px0
+from slideflow_ray.cohort import Item
+from slideflow_ray.errors import CorruptStore, SlideflowError, as_slideflow_error
+from slideflow_ray.metrics import Confusion, Interval
+from slideflow_ray.results import FITTED, JUDGED, LEVELS, Evaluation, OperatingPoint, Result, Table, read_evaluation
+from slideflow_ray.slides import open_slide
+from slideflow_ray.store import SlideStore
+from slideflow_ray.tables import read_table
+from slideflow_ray.tissue import thumbnail
+
+CARDS = 24
+"""Slides that are shown with pictures; each adds about 150 KB."""
+
+ROWS = 2000
+"""Slides that the table lists; slides.parquet has them all."""
+
+THUMBNAIL_PX = 800
+POINTS = 400
+"""A drawn curve keeps at most this many points."""
+
+COLOURS = "cividis"
+"""A map that reads the same with every colour vision and in grey (Nunez et al., PLoS ONE 13 (2018) e0199239)."""
+
+TEMPLATES = Path(__file__).parent / "templates"
+NOTHING = "\N{EN DASH}"
+"""What stands where a number is not defined."""
+
+Rgb = npt.NDArray[np.uint8]
+
+
+def write_report(out: str | Path, cards: int = CARDS) -> Path:
+    """Write <out>/report.html from what run and evaluate have written; return its path.
+
+    Raises ConfigError where there is no run, CorruptStore for a damaged table.
+    """
+    out = Path(out)
+    path = out / "report.html"
+    storage.write_atomic(path, render(page(out, cards)).encode())
+    return path
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """Return the page's HTML; every value is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"rate": rate, "interval": interval, "count": count, "percent": percent}
+    return environment.get_template("report.html.j2").render(values)
+
+
+# numbers
+
+
+def rate(value: float | None) -> str:
+    """Return a rate with three decimals, or a dash where it is not defined."""
+    return NOTHING if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def interval(value: Interval | None) -> str:
+    """Return an interval for reading, or nothing."""
+    return f"{value[0]:.3f} to {value[1]:.3f}" if value else ""
+
+
+def count(value: int | None) -> str:
+    """Return a count with thin spaces, or a dash."""
+    return NOTHING if value is None else f"{value:,}".replace(",", "\u202f")
+
+
+def percent(value: float | None) -> str:
+    """Return a share in percent with one decimal, or a dash."""
+    return NOTHING if value is None or math.isnan(value) else f"{100 * value:.1f}\u202f%"
+
+
+# the page
+
+
+def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
+    """Return what the template shows."""
+    record = accounting.read_run(out)
+    found = read_evaluation(out)
+    tables = (
+        {name: _table(out / f"{name}.parquet") for name in ("slides", "roc")} if found else {"slides": [], "roc": []}
+    )
+    items = [Item.parse(row, "run.json") for row in record["items"]]
+    shown = _chosen(items, record, cards)
+    return {
+        "title": Path(record["spec"]["cohort"]).stem,
+        "counts": record["counts"],
+        "total": len(items),
+        "finished": record["finished"],
+        "failures": [o for o in record["outcomes"].values() if o["status"] != "done"],
+        "no_tissue": [s for s, o in record["outcomes"].items() if o.get("outcome") == "no_tissue"],
+        "evaluated": found is not None,
+        "notes": found.notes if found else (),
+        "models": [_model(m, found or Evaluation(), tables["roc"]) for m in record["models"]],
+        "settings": _settings(record),
+        "slides": sorted(tables["slides"], key=lambda row: _ORDER[row["split"]])[:ROWS],
+        "slides_left": max(0, len(tables["slides"]) - ROWS),
+        "probability": _probability,
+        "cards": [card(out, item, record, found or Evaluation()) for item in shown],
+        "cards_left": sum(o["status"] == "done" for o in record["outcomes"].values()) - len(shown),
+        "ramp": ramp(),
+    }
+
+
+def _table(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_table(path)
+    except FileNotFoundError:
+        return []
+
+
+def _probability(margin: float | None) -> float | None:
+    return None if margin is None else float(aggregate.probability(np.array([margin], np.float32))[0])
+
+
+_ORDER = {JUDGED: 0, FITTED: 1, "train": 2, None: 3}
+
+
+def _chosen(items: Sequence[Item], record: Mapping[str, Any], cards: int) -> list[Item]:
+    """The slides shown with pictures: test first, as that is what the answer is about."""
+    done = [i for i in items if record["outcomes"].get(i.slide_id, {}).get("status") == "done"]
+    return sorted(done, key=lambda item: _ORDER[item.split])[:cards]
+
+
+def _settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    spec, profile = record["spec"], record["profile"] or {}
+    rows = [("Cohort", str(spec["cohort"])), ("Results", str(spec["out"]))]
+    for model in record["models"]:
+        rows.append((f"Model {model['name']}", f"{model['task']}: {', '.join(model['classes'])}; {model['path']}"))
+        rows.append(("Tiles", f"{model['tile_px']} px at {model['mpp']:g} um per px; node {model['node']}"))
+    tissue = spec["tissue"]
+    rows.append(
+        ("Tissue", f"rule {tissue['rule']} at {tissue['mpp']:g} um per px; tiles with >= {spec['min_tissue']:.0%}")
+    )
+    if profile:
+        precision = f"{profile['precision']}, micro-batch {profile['micro_batch']}, threads {profile['threads']}"
+        rows.append(("Computed on", f"{profile['device']} ({profile['isa']}), torch {profile['torch']}, {precision}"))
+        rows.append(("Compute profile", str(record["profile_digest"])))
+    rows.append(("Executor", f"{spec['executor']['kind']}, aggregation on {spec['dask']}"))
+    if record["seconds"] is not None:
+        rows.append(("Last run took", f"{record['seconds']:,.1f} s"))
+    return rows
+
+
+# a model
+
+
+def _model(model: Mapping[str, Any], found: Evaluation, curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    results = [r for r in found.results if r.model == model["node"]]
+    points = {(p.level, p.class_name): p for p in found.points if p.model == model["node"]}
+    headline = found.headline(model["node"])
+    names = list(dict.fromkeys(r.class_name for r in results))
+    return {
+        "name": model["name"],
+        "headline": headline,
+        "point": points.get((headline.level, headline.class_name)) if headline else None,
+        "heads": [r for r in results if headline and r.split == JUDGED and r.level == headline.level],
+        "results": [r for r in results if r.split == JUDGED] + [r for r in results if r.split == FITTED],
+        "points": list(points.values()),
+        "rocs": [roc_figure(model["node"], name, results, points, curves) for name in names],
+        "confusions": list(_confusions(model, results, found.tables)),
+    }
+
+
+def _confusions(
+    model: Mapping[str, Any], results: Sequence[Result], tables: Sequence[Table]
+) -> Iterator[dict[str, Any]]:
+    """Tables on test: of arg max, and of each class at its operating point, where there are few."""
+    for table in tables:
+        if table.model == model["node"] and table.split == JUDGED:
+            yield {**_shown(table.confusion), "caption": f"{table.level.capitalize()}s on test, by arg max"}
+    few = [r for r in results if r.split == JUDGED and r.counts and r.level != "patient"]
+    for r in few if len({r.class_name for r in few}) == 1 else ():
+        counts = r.counts or {}
+        rest = next((name for name in model["classes"] if name != r.class_name), f"not {r.class_name}")
+        matrix = np.array([[counts["tn"], counts["fp"]], [counts["fn"], counts["tp"]]], np.int64)
+        names = (rest, r.class_name) if len(model["classes"]) <= 2 else (f"not {r.class_name}", r.class_name)
+        yield {
+            **_shown(Confusion(names, matrix)),
+            "caption": f"{r.level.capitalize()}s on test, at the operating point",
+        }
+
+
+def _shown(confusion: Confusion) -> dict[str, Any]:
+    return {
+        "classes": confusion.classes,
+        "counts": confusion.counts.tolist(),
+        "shares": confusion.by_true().tolist(),
+        "total": confusion.total,
+        "accuracy": confusion.accuracy,
+        "kappa": confusion.kappa,
+    }
+
+
+def roc_figure(
+    model: str,
+    name: str,
+    results: Sequence[Result],
+    points: Mapping[tuple[Any, str], OperatingPoint],
+    curves: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Return the ROC of one class on test: per level a path in a box of 100 x 100 and the operating point on it."""
+    lines = []
+    for level in LEVELS[:2]:
+        rows = [
+            (row["fpr"], row["tpr"])
+            for row in curves
+            if (row["model"], row["class"], row["level"], row["split"]) == (model, name, level, JUDGED)
+        ]
+        result = next((r for r in results if (r.class_name, r.level, r.split) == (name, level, JUDGED)), None)
+        if rows and result:
+            mark = None
+            if (level, name) in points and result.rates["specificity"] is not None:
+                mark = (100 - 100 * result.rates["specificity"], 100 - 100 * (result.rates["sensitivity"] or 0))
+            lines.append({"level": level, "path": _curve_path(rows), "mark": mark, "auc": result.auc})
+    return {"class_name": name, "lines": lines}
+
+
+def _curve_path(rows: Sequence[tuple[float, float]]) -> str:
+    """Draw from (0, 0) through the thresholds to (1, 1), thinned evenly."""
+    points = np.array([(0.0, 0.0), *rows])
+    keep = np.unique(np.linspace(0, len(points) - 1, min(len(points), POINTS)).round().astype(int))
+    return "M" + "L".join(f"{100 * x:.2f} {100 - 100 * y:.2f}" for x, y in points[keep])
+
+
+# a slide
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A path in px0 and what it means: 'tissue', 'truth' (of the class told from the rest) or 'other'."""
+
+    kind: str
+    path: str
+
+
+def card(out: Path, item: Item, record: Mapping[str, Any], found: Evaluation) -> dict[str, Any]:
+    """Return what a slide's card shows; what cannot be shown is said in `missing`."""
+    store = SlideStore(out, item.slide_id)
+    outcome = record["outcomes"][item.slide_id]
+    shown: dict[str, Any] = {"item": item, "tiles": outcome["tiles"], "missing": [], "outlines": [], "heatmaps": []}
+    try:
+        about = store.attrs
+        shown |= {"size_px0": about["size_px0"], "mpp0": about["mpp0"]}
+        shown["scale_bar"] = scale_bar(about["size_px0"][0], about["mpp0"])
+        shown["outlines"] = list(_tissue(store))
+        shown["heatmaps"] = [_heatmap(store, grid, node, record, found) for grid, node in outcome["grids"]]
+    except (SlideflowError, OSError, KeyError) as error:
+        shown["missing"].append(f"Its results cannot be read: {_cause(error)}")
+    shown["thumbnail"] = _thumbnail(item, shown["missing"])
+    shown["outlines"] += _truth(item, record, shown["missing"])
+    return shown
+
+
+def _cause(error: BaseException) -> str:
+    known = as_slideflow_error(error, "report")
+    return f"{known.code}: {known.message}"
+
+
+def _thumbnail(item: Item, missing: list[str]) -> str | None:
+    """The slide as a JPEG data URI; None, and why, where it cannot be opened any more."""
+    try:
+        with open_slide(item.uri, mpp=item.mpp) as reader:
+            factor = min(1.0, THUMBNAIL_PX / max(reader.size_px0))
+            size = (max(1, round(reader.size_px0[0] * factor)), max(1, round(reader.size_px0[1] * factor)))
+            return data_uri(thumbnail(reader, size), "jpeg")
+    except (SlideflowError, OSError) as error:
+        missing.append(f"No picture, the slide cannot be opened: {_cause(error)}")
+        return None
+
+
+def _truth(item: Item, record: Mapping[str, Any], missing: list[str]) -> Iterator[Outline]:
+    if not item.annotation:
+        return
+    try:
+        regions = read_geojson(item.annotation)
+    except SlideflowError as error:
+        missing.append(_cause(error))
+        return
+    names = record["spec"]["labels"]["names"]
+    backgrounds = {model["classes"][0] for model in record["models"] if model["task"] == "classify"}
+    for name, ring in rings_px0(regions):
+        classes = next((m["classes"] for m in record["models"] if class_of(name, m["classes"], names)), ())
+        kind = "other" if class_of(name, classes, names) in backgrounds else "truth"
+        yield Outline(kind, svg_path(ring))
+
+
+def _tissue(store: SlideStore) -> Iterator[Outline]:
+    for node in store.nodes("tissue")[-1:]:
+        mask = store.read(f"{node}/mask")
+        px0_per_px = store.node_attrs(f"{node}/mask")["px0_per_px"]
+        if not mask.all():
+            yield Outline("tissue", contour(mask, px0_per_px))
+
+
+def _heatmap(store: SlideStore, grid: str, node: str, record: Mapping[str, Any], found: Evaluation) -> dict[str, Any]:
+    """One class's heatmap with its place in px0, and the operating point by tile that belongs to it."""
+    model = next(m for m in record["models"] if m["node"] == node)
+    values, cells = aggregate.read_heatmap(store, grid, node), store.read(f"grids/{grid}/rowcol")
+    c = _told(values, model)
+    scale, first = _placed(store.node_attrs(f"heatmaps/{grid}/{node}"), store.attrs["mpp0"])
+    name = model["classes"][c]
+    point = next((p for p in found.points if (p.model, p.level, p.class_name) == (node, "tile", name)), None)
+    rows, cols = values.shape[1:]
+    called = np.zeros((rows, cols), np.bool_)
+    if point:  # by margin: probabilities near 1 are equal where margins are not
+        margins = store.read(f"scores/{grid}/{node}")[:, c]
+        called[cells[:, 0], cells[:, 1]] = margins >= np.float32(point.threshold)
+    return {
+        "name": model["name"],
+        "class_name": name,
+        "image": data_uri(coloured(values[c]), "png"),
+        "box": (first - scale / 2, first - scale / 2, cols * scale, rows * scale),
+        "threshold": point.probability if point else None,
+        "called": edges(called, (first - scale / 2, first - scale / 2), scale),
+        "share": float(called.sum() / len(cells)),
+    }
+
+
+def _told(values: npt.NDArray[np.float32], model: Mapping[str, Any]) -> int:
+    """The class that is shown: the second of two, else that with the most tiles, the background aside."""
+    first = 1 if model["task"] == "classify" else 0
+    return first + int(np.argmax((values[first:] >= 0.5).sum(axis=(1, 2))))
+
+
+def _placed(attributes: Mapping[str, Any], mpp0: float) -> tuple[float, float]:
+    """Return px0 per cell, and where in px0 the middle of the first cell lies, from the OME-Zarr metadata."""
+    scale, translation = attributes["ome"]["multiscales"][0]["datasets"][0]["coordinateTransformations"]
+    return scale["scale"][-1] / mpp0, translation["translation"][-1] / mpp0 + 0.5
+
+
+# drawing
+
+
+def ramp(stops: int = 12) -> str:
+    """Return the colour map as a CSS gradient."""
+    colours = colormaps[COLOURS](np.linspace(0, 1, stops), bytes=True)
+    return ", ".join(f"rgb({r} {g} {b})" for r, g, b, _ in colours.tolist())
+
+
+def coloured(values: npt.NDArray[np.float32]) -> Rgb:
+    """Return probabilities, (h, w), as RGBA pixels, uint8 (h, w, 4); transparent where there is no tile."""
+    pixels: Rgb = colormaps[COLOURS](np.nan_to_num(values), bytes=True)
+    pixels[..., 3] = np.where(np.isnan(values), 0, 255)
+    return pixels
+
+
+def data_uri(pixels: Rgb, kind: str) -> str:
+    """Return pixels as a data URI, 'png' or 'jpeg'."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"quality": 82} if kind == "jpeg" else {"optimize": True}
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def svg_path(ring: npt.NDArray[np.float64]) -> str:
+    """Return a closed ring, (n, 2) in px0, as an SVG path in whole px0."""
+    return "M" + "L".join(f"{x:.0f} {y:.0f}" for x, y in ring[:-1]) + "Z"
+
+
+def contour(mask: npt.NDArray[np.bool_], px0_per_px: Sequence[float], longest: int = 500) -> str:
+    """Return the outline of a mask, (h, w), as an SVG path in px0; drawn from at most `longest` pixels a side."""
+    step = max(1, math.ceil(max(mask.shape) / longest))
+    padded = np.pad(mask[::step, ::step], 1).astype(np.float32)
+    drawn = Figure().add_subplot().contour(padded, levels=[0.5]) if padded.any() else None
+    lines = drawn.allsegs[0] if drawn is not None else []
+    # Undo the padding; a pixel's middle lies half a pixel from its corner.
+    factor = step * np.asarray(px0_per_px, np.float64)
+    return "".join(svg_path((line - 0.5) * factor) for line in lines if len(line) > 3)
+
+
+def edges(cells: npt.NDArray[np.bool_], origin: tuple[float, float], size: float) -> str:
+    """Return the border between true and false cells, (rows, cols), as an SVG path; each run of edges is one line."""
+    padded = np.pad(cells, 1)
+    down, across = padded[1:, 1:-1] != padded[:-1, 1:-1], padded[1:-1, 1:] != padded[1:-1, :-1]
+    lines = [
+        f"M{_at(c0, origin[0], size)} {_at(r, origin[1], size)}H{_at(c1, origin[0], size)}" for r, c0, c1 in _runs(down)
+    ]
+    lines += [
+        f"M{_at(c, origin[0], size)} {_at(r0, origin[1], size)}V{_at(r1, origin[1], size)}"
+        for c, r0, r1 in _runs(across.T)
+    ]
+    return "".join(lines)
+
+
+def _at(index: int, origin: float, size: float) -> str:
+    return f"{origin + index * size:.0f}"
+
+
+def _runs(marks: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int, int]]:
+    """Yield (row, first, end) of each run of true along the rows."""
+    steps = np.diff(np.pad(marks, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    starts, ends = np.argwhere(steps == 1), np.argwhere(steps == -1)
+    for (row, first), (_, end) in zip(starts.tolist(), ends.tolist(), strict=True):
+        yield row, first, end
+
+
+def scale_bar(width_px0: int, mpp0: float) -> tuple[float, str]:
+    """Return a round length of about a fifth of the slide, in px0 and as text.
+
+    >>> scale_bar(10_000, 0.5)
+    (2000.0, '1 mm')
+    """
+    target = width_px0 * mpp0 / 5
+    decade = 10.0 ** math.floor(math.log10(target))
+    um = max(step * decade for step in (1, 2, 5) if step * decade <= target)
+    return um / mpp0, f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} µm"
+
+
+__all__ = ["CorruptStore", "card", "page", "render", "write_report"]

@@ -1,0 +1,143 @@
+"""The promises of the design, as code: layers, heavy imports, docstrings, no asserts on user input."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "slideflow_ray"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+LAYERS = [
+    ["errors", "events", "geometry", "specs"],
+    ["storage", "identity", "cohort", "slides", "tissue", "grid", "stain", "objects", "metrics"],
+    ["annotations", "store", "profile", "prepare", "models", "tables", "lease"],
+    ["pipeline"],
+    ["execute", "aggregate"],
+    ["accounting", "graph", "run", "results", "evaluate", "train", "explain"],
+    ["report", "export", "web", "nightly", "submit", "progress", "doctor", "demo"],
+    ["cli"],
+]
+LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
+APART = {"phantoms", "testing"}
+
+HEAVY = {
+    "ray": {"execute/on_ray.py", "aggregate.py"},
+    "dask": {"aggregate.py"},
+    "tiffslide": {"slides/tiff.py"},
+    "openslide": {"slides/openslide.py", "doctor.py"},
+    "zarr": {"store.py"},
+    "matplotlib": {"report.py", "plots.py"},
+    "jinja2": {"report.py"},
+    "pyarrow": {"tables.py"},
+    "shapely": {"annotations.py"},
+    "sklearn": set(),
+}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Modules that a file imports; those under `if TYPE_CHECKING` are only words."""
+    tree = ast.parse(path.read_text())
+    found: set[str] = set()
+    nodes = ast.walk(tree) if not top_level_only else iter(tree.body)
+    typing = {
+        id(n)
+        for t in ast.walk(tree)
+        if isinstance(t, ast.If) and "TYPE_CHECKING" in ast.dump(t.test)
+        for n in ast.walk(t)
+    }
+    for node in nodes:
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def test_every_module_has_a_layer():
+    assert {name_of(p) for p in MODULES} - {"__init__"} <= set(LAYER) | APART
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    own = name_of(path)
+    if own in APART | {"__init__"}:
+        return
+    for module in imports(path):
+        parts = module.split(".")
+        if parts[0] == "slideflow_ray" and len(parts) > 1 and parts[1] not in APART and parts[1] in LAYER:
+            assert LAYER[parts[1]] <= LAYER[own], f"{own} imports {module}"
+
+
+@pytest.mark.parametrize("library", HEAVY)
+def test_heavy_libraries_stay_home(library):
+    users = {str(p.relative_to(PACKAGE)) for p in MODULES if any(m.split(".")[0] == library for m in imports(p))}
+    assert users <= HEAVY[library], f"{library} is imported in {users - HEAVY[library]}"
+
+
+def test_pipeline_and_what_it_stands_on_load_no_torch_and_no_ray():
+    code = (
+        "import sys, slideflow_ray.pipeline, slideflow_ray.execute; print({'torch', 'ray', 'dask'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_public_names_are_documented_and_nothing_asserts(path):
+    tree = ast.parse(path.read_text())
+    if path.name != "__init__.py" or path.read_text().strip():
+        assert ast.get_docstring(tree), "no module docstring"
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Assert) or name_of(path) == "testing", f"line {node.lineno}: assert"
+    for node in tree.body:
+        drawn = path.name == "errors.py" and isinstance(node, ast.ClassDef)  # the module's docstring draws the tree
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and not drawn:
+            text = ast.get_docstring(node)
+            assert text, f"{node.name} has no docstring"
+            assert text.split("\n")[0].rstrip().endswith((".", ":", ";")) or "\n" in text, f"{node.name}: {text!r}"
+
+
+def test_doctests_of_the_light_modules_run():
+    import doctest
+    import importlib
+
+    run = 0
+    for name in ("geometry", "specs", "storage", "store", "metrics", "annotations", "results", "phantoms"):
+        result = doctest.testmod(importlib.import_module(f"slideflow_ray.{name}"))
+        assert result.failed == 0
+        run += result.attempted
+    assert run > 10
+
+
+def test_nothing_in_the_repository_names_a_host_or_a_machine():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    for name in tracked:
+        path = ROOT / name
+        if not path.exists():
+            continue
+        assert path.stat().st_size <= 1_500_000, name
+        if path.suffix in {".py", ".toml", ".txt", ".md", ".yml", ".yaml", ".j2", ""} and path != Path(__file__):
+            text = path.read_text(errors="ignore")
+            for bad in ("index-url", "find-links", "/work/", "/root/"):
+                assert bad not in text, f"{name} holds {bad!r}"
+
+
+def test_the_nine_packages_are_direct_dependencies():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {d.split(">")[0].split("[")[0] for d in project["dependencies"]}
+    assert named >= {"ray", "torch", "torchvision", "tiffslide", "zarr", "dask", "scikit-learn", "numpy", "fsspec"}
