@@ -10,9 +10,8 @@ import argparse
 import sys
 
 from slideflow_ray.evaluate import evaluate
-from slideflow_ray.report import write_report
-
 from slideflow_ray.progress import to_stderr
+from slideflow_ray.report import write_report
 from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec
 

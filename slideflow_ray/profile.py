@@ -15,7 +15,7 @@ from slideflow_ray.errors import ConfigError, ProfileError
 from slideflow_ray.specs import ComputeSpec, Spec
 
 MICRO_BATCH = {"cpu": 16, "cuda": 256}
-"""Tiles per forward pass; larger ones are a third slower on a CPU (docs: FACTS, inference)."""
+"""Tiles per forward pass; on a CPU 256 are a third slower than 16."""
 
 
 class ComputeProfile(Spec):
@@ -72,8 +72,7 @@ def check(profile: ComputeProfile) -> None:
 def isa(device: Literal["cpu", "cuda"]) -> str:
     """Return the GPU's name, or what of this CPU decides which kernels run, and how they split their sums.
 
-    >>> isa("cpu")  # doctest: +SKIP
-    'AVX512 avx512_bf16 L2=1024K'
+    A CPU reads like "AVX512 avx512_bf16 L2=1024K".
     """
     import torch
 

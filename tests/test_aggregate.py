@@ -174,12 +174,8 @@ def test_calls_are_counted_by_slide(tmp_path):
         known = labels[:, 0] >= 0
         for c, threshold in ((0, 0.5), (2, -1.0)):
             truth, called = labels[known, c] == 1, slide.margins[known, c] >= threshold
-            assert calls.counts[part.slide_id][c] == Counts(
-                tp=(truth & called).sum(),
-                fn=(truth & ~called).sum(),
-                fp=(~truth & called).sum(),
-                tn=(~truth & ~called).sum(),
-            )
+            cells = [(truth & called), (truth & ~called), (~truth & called), (~truth & ~called)]
+            assert calls.counts[part.slide_id][c] == Counts(*(cell.sum() for cell in cells))
         table = np.zeros((3, 3), int)
         for row, col in zip(labels[known].argmax(axis=1), slide.margins[known].argmax(axis=1), strict=True):
             table[row, col] += 1

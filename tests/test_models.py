@@ -384,15 +384,20 @@ def test_inception_with_auxiliary_head_gives_logits_in_evaluation() -> None:
         ("small-cn", "small-cnn"),
         ("torchvision:resnet19", "torchvision:resnet18"),
         ("timm:vit_tiny_patch16_225", "timm:vit_tiny_patch16_224"),
-        ("timm:hf-hub:someone/model", "Unknown"),
-        ("timm:local-dir:/tmp/x", "Unknown"),
-        ("timm:resnet18.hf-hub:someone/model", "Unknown"),
-        ("torchvision:fasterrcnn_resnet50_fpn", "Unknown"),
+        ("timm:hf-hub:someone/model", "Unknown architecture"),
+        ("timm:local-dir:/tmp/x", "Unknown architecture"),
+        ("timm:resnet18.hf-hub:someone/model", "Unknown architecture"),
+        ("torchvision:fasterrcnn_resnet50_fpn", "Unknown architecture"),
     ],
 )
 def test_unknown_architectures_are_refused_with_their_neighbours(architecture: str, hint: str) -> None:
     with pytest.raises(BundleError, match=hint):
         build(architecture, {}, 2)
+
+
+def test_an_unknown_pretrained_tag_is_refused() -> None:
+    with pytest.raises(BundleError, match="no_such_tag"):
+        build("timm:resnet18.no_such_tag", {}, 2)
 
 
 @pytest.mark.parametrize("arguments", [{"colour": 1}, {"pretrained": True}, {"checkpoint_path": "x"}])

@@ -55,7 +55,7 @@ def build(architecture: str, arguments: Mapping[str, Any], n_classes: int, chann
     make = _maker(architecture, n_classes, channels)
     try:
         return make(**arguments)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "none"
         raise BundleError(f"{architecture} refuses its arguments ({given}): {error}.") from error
 
