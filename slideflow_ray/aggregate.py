@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -151,10 +150,10 @@ def write_heatmap(part: Part) -> int:
     about = store.node_attrs(f"grids/{part.grid}")
     cells = store.read(f"grids/{part.grid}/rowcol")
     levels = pyramid(plane(probability(part.margins()), cells, tuple(about["shape"])))
-    tile = about["determines"]["tile"]
-    side_px0 = max(1, round(tile["tile_px"] * scale_of(tile["mpp"], store.attrs["mpp0"])))
+    tile, mpp0 = about["determines"]["tile"], about["determines"]["mpp0"]
+    side_px0 = max(1, round(tile["tile_px"] * scale_of(tile["mpp"], mpp0)))
     step_um = (tile["stride_px"] or tile["tile_px"]) * tile["mpp"]
-    first_um = (side_px0 - 1) / 2 * store.attrs["mpp0"]
+    first_um = (side_px0 - 1) / 2 * mpp0
     store.make_group(node, {"ome": multiscales(part.model, step_um, first_um, len(levels))})
     for level, values in enumerate(levels):
         name = f"{node}/{level}"
@@ -193,10 +192,9 @@ def halved(values: Floats) -> Floats:
     c, h, w = values.shape
     padded = np.pad(values, ((0, 0), (0, h % 2), (0, w % 2)), constant_values=np.nan)
     blocks = padded.reshape(c, (h + 1) // 2, 2, (w + 1) // 2, 2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)  # four cells without a tile
-        mean: Floats = np.nanmean(blocks, axis=(2, 4), dtype=np.float64).astype(np.float32)
-    return mean
+    n = np.isfinite(blocks).sum(axis=(2, 4))
+    total = np.nansum(blocks, axis=(2, 4), dtype=np.float64)
+    return np.where(n, total / np.maximum(n, 1), np.nan).astype(np.float32)
 
 
 def multiscales(name: str, step_um: float, first_um: float, levels: int) -> dict[str, Any]:

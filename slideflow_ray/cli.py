@@ -208,13 +208,23 @@ def verify(
 @app.command()
 def evaluate(
     out: OutArgument,
-    dask: Annotated[DaskName, typer.Option(help="Scheduler of the aggregation.")] = DaskName.threads,
+    rule: Annotated[
+        str, typer.Option(help="youden, f1, sensitivity=0.95, specificity=0.95 or probability=0.5.")
+    ] = "youden",
+    name: Annotated[
+        list[str] | None, typer.Option(help="ANNOTATION=CLASS, for annotations with other names; may be repeated.")
+    ] = None,
+    dask: Annotated[DaskName | None, typer.Option(help="Scheduler of the aggregation; default: the run's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fix operating points on validation, apply them to test, write confusion and ROC."""
     from slideflow_ray.evaluate import evaluate as evaluate_
 
-    found = evaluate_(out, scheduler=dask.value)
+    pairs = [text.partition("=") for text in name or []]
+    if bad := [key for key, equals, value in pairs if not (key and equals and value)]:
+        raise ConfigError(f"--name {bad[0]} is not ANNOTATION=CLASS.", next_step="slideflow-ray evaluate --help")
+    names = {key: value for key, _, value in pairs}
+    found = evaluate_(out, rule=rule, names=names, scheduler=dask.value if dask else None)
     typer.echo(json.dumps(found.to_json()) if as_json else found.summary())
 
 

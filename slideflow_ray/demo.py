@@ -6,9 +6,10 @@ from pathlib import Path
 
 from slideflow_ray.events import Listener
 from slideflow_ray.progress import to_stderr
+from slideflow_ray.results import Evaluation, with_interval
 from slideflow_ray.specs import RunSpec
 
-SLIDES = 15
+SLIDES = 18
 TILE_PX, MPP = 128, 1.0
 
 
@@ -32,7 +33,7 @@ def demo(out: Path, executor: str = "ray", seed: int = 0, listen: Listener | Non
         "work": str(out / "train"),
         "classes": ("normal", "tumor"),
         "tile": {"tile_px": TILE_PX, "mpp": MPP},
-        "fit": {"architecture": "small-cnn", "epochs": 6, "seed": seed},
+        "fit": {"architecture": "small-cnn", "epochs": 10, "seed": seed},
     }
     trained = train(TrainJob.parse(values, "demo"), listen=listen)
     spec = {
@@ -45,4 +46,18 @@ def demo(out: Path, executor: str = "ray", seed: int = 0, listen: Listener | Non
     found = evaluate(out / "run")
     page = write_report(out / "run")
     counts = ", ".join(f"{status} {n}" for status, n in result.counts.items())
-    return f"{found.summary()}\n{counts}\nReport: {page}"
+    return "\n".join([*_answer(found), counts, f"Report: {page}"])
+
+
+def _answer(found: Evaluation) -> list[str]:
+    """The headline in two lines, or why there is none."""
+    head = found.headline(found.results[0].model) if found.results else None
+    if head is None:
+        return [found.summary()]
+    auc = with_interval(head.auc, head.auc_interval)
+    sensitivity = with_interval(head.rates["sensitivity"], head.sensitivity_interval)
+    specificity = with_interval(head.rates["specificity"], head.specificity_interval)
+    return [
+        f"test AUC {auc} by {head.level}, {head.patients} patients (phantoms: this shows the path, not medicine)",
+        f"sensitivity {sensitivity}, specificity {specificity} at the operating point frozen on validation",
+    ]

@@ -516,7 +516,7 @@ def cohort_rows(slides: int) -> list[dict[str, str]]:
     seconds = slides // 5
     patients = slides - seconds
     test = 3 if slides < 14 else max(5, round(0.3 * patients))
-    val = max(2, round(0.15 * patients))
+    val = 2 if slides < 14 else max(2, round(0.25 * patients))
     sizes = {"train": patients - val - test, "val": val, "test": test}
     extra = {"train": (seconds + 1) // 2, "val": 0, "test": seconds // 2}
     rows: list[dict[str, str]] = []

@@ -59,6 +59,7 @@ class RunProgress:
                 self.say(f"{event.worker} died ({event.cause}); its tasks are tried again: {', '.join(event.slides)}")
             case RunFinished():
                 self._finish(event)
+                return
         self._show()
 
     def _announce(self, event: RunStarted) -> None:

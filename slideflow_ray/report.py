@@ -24,7 +24,7 @@ from PIL import Image
 from slideflow_ray import accounting, aggregate, storage
 from slideflow_ray.annotations import class_of, read_geojson, rings_px0
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import CorruptStore, SlideflowError, as_slideflow_error
+from slideflow_ray.errors import SlideflowError, as_slideflow_error
 from slideflow_ray.metrics import Confusion, Interval
 from slideflow_ray.results import FITTED, JUDGED, LEVELS, Evaluation, OperatingPoint, Result, Table, read_evaluation
 from slideflow_ray.slides import open_slide
@@ -179,12 +179,22 @@ def _model(model: Mapping[str, Any], found: Evaluation, curves: Sequence[Mapping
         "name": model["name"],
         "headline": headline,
         "point": points.get((headline.level, headline.class_name)) if headline else None,
-        "heads": [r for r in results if headline and r.split == JUDGED and r.level == headline.level],
+        "overall": _overall(model["node"], results, found.tables),
         "results": [r for r in results if r.split == JUDGED] + [r for r in results if r.split == FITTED],
         "points": list(points.values()),
         "rocs": [roc_figure(model["node"], name, results, points, curves) for name in names],
         "confusions": list(_confusions(model, results, found.tables)),
     }
+
+
+def _overall(node: str, results: Sequence[Result], tables: Sequence[Table]) -> dict[str, Any] | None:
+    """What answers first for more than two classes: the table by arg max, and the mean of the classes' AUC."""
+    table = next((t for t in tables if t.model == node and t.split == JUDGED), None)
+    if table is None:
+        return None
+    areas = [r.auc for r in results if r.split == JUDGED and r.level == table.level and r.auc is not None]
+    mean = math.fsum(areas) / len(areas) if areas else None
+    return {"table": table, "total": table.confusion.total, "auc": mean}
 
 
 def _confusions(
@@ -430,6 +440,3 @@ def scale_bar(width_px0: int, mpp0: float) -> tuple[float, str]:
     decade = 10.0 ** math.floor(math.log10(target))
     um = max(step * decade for step in (1, 2, 5) if step * decade <= target)
     return um / mpp0, f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} µm"
-
-
-__all__ = ["CorruptStore", "card", "page", "render", "write_report"]

@@ -336,3 +336,19 @@ def test_every_class_against_the_rest_and_a_table_by_arg_max(tmp_path, task):
         assert table.kappa == pytest.approx(sk.cohen_kappa_score(truth, margins.argmax(axis=1)))
     else:
         assert found.tables == ()
+
+
+def test_a_patient_is_positive_when_a_slide_is_and_negative_when_all_are(tmp_path):
+    rng = np.random.default_rng(4)
+    slides = []
+    for patient, labels in {"A": ["normal", "tumor"], "B": ["normal", None], "C": ["normal", "normal"]}.items():
+        for i, label in enumerate(labels):
+            item = Item(slide_id=f"{patient}{i}", uri="x", patient_id=patient, split="test", label=label)
+            slides.append(Scored(item, cells_of(3, 4), rng.normal(0, 1, (12, 2)), (3, 4)))
+    found = evaluate(write_scored_run(tmp_path / "out", slides))
+    rows = {row["patient_id"]: row for row in read_table(tmp_path / "out" / "patients.parquet")}
+    assert {patient: row["truth"] for patient, row in rows.items()} == {"A": True, "B": None, "C": False}
+    best = max(slides[0].margins[:, 1].max(), slides[1].margins[:, 1].max())
+    assert rows["A"]["score_max"] == pytest.approx(best, rel=1e-6)
+    one = result(found, "patient")
+    assert (one.positives, one.negatives) == (1, 1)

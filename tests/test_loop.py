@@ -26,7 +26,7 @@ from slideflow_ray.profile import resolve
 from slideflow_ray.specs import ComputeSpec
 from slideflow_ray.train import loop
 from slideflow_ray.train.augment import augment, augmentation, seed_of
-from slideflow_ray.train.loop import EpochResult, TrainSpec, Validation, fit, learning_rate, rank_auc, validate
+from slideflow_ray.train.loop import EpochResult, TrainSpec, Validation, fit, learning_rate, validate
 
 MEAN, STD = (0.6, 0.6, 0.6), (0.15, 0.15, 0.15)
 
@@ -196,14 +196,6 @@ def test_validation_counts_as_scikit_learn_does(val: Tiles) -> None:
     assert got.accuracy == pytest.approx((p.argmax(1) == val.y).mean())
     assert got.auc == pytest.approx(roc_auc_score(val.y, p[:, 1]))
     assert trainer.net.training is False
-
-
-def test_rank_auc_is_scikit_learns() -> None:
-    rng = np.random.default_rng(0)
-    scores, truth = rng.integers(0, 9, 200).astype(np.float32), rng.random(200) < 0.3
-    assert rank_auc(scores, truth) == pytest.approx(roc_auc_score(truth, scores))
-    assert math.isnan(rank_auc(scores, np.zeros(200, bool)))
-    assert math.isnan(rank_auc(scores, np.ones(200, bool)))
 
 
 def test_several_labels_per_tile_and_unknown_ones(train: Tiles, val: Tiles) -> None:

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import shapely
 from PIL import Image
-from scored import MPP0, SIDE_PX0, STEP_PX0, Scored, cells_of, two_class, write_scored_run
+from scored import MPP0, SIDE_PX0, STEP_PX0, Scored, box, cells_of, two_class, write_features, write_scored_run
 
 from slideflow_ray import report as rp
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.evaluate import evaluate
 from slideflow_ray.phantoms import write_marked_slide
-
 
 FETCHING = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
 
@@ -248,4 +247,24 @@ def test_more_classes_get_a_curve_each(tmp_path):
     evaluate(run)
     (model,) = rp.page(run)["models"]
     assert [figure["class_name"] for figure in model["rocs"]] == ["a", "b", "c"]
+    assert model["overall"] is None
     assert "No curve: one class is missing" in rp.write_report(run).read_text()
+
+
+def test_more_classes_are_answered_by_the_table_first(tmp_path):
+    rng = np.random.default_rng(2)
+    slides = []
+    for split in ("val", "test"):
+        cells = cells_of(9, 13)
+        features = [box("b", 180, -5, 340, 900), box("c", 340, -5, 900, 900)]
+        item = Item(slide_id=split, uri="x", split=split, annotation=write_features(tmp_path / split, features))
+        slides.append(Scored(item, cells, rng.normal(0, 1, (117, 3)), (9, 13)))
+    run = write_scored_run(tmp_path / "out", slides, ("a", "b", "c"), heatmaps=True)
+    found = evaluate(run)
+    text = Page(rp.write_report(run).read_text()).text
+    (table,) = [t for t in found.tables if t.split == "test"]
+    areas = [r.auc for r in found.results if r.split == "test" and r.level == "tile"]
+    assert text.index(rp.rate(table.balanced_accuracy)) < text.index("What ran")
+    assert rp.rate(table.kappa) in text
+    assert rp.rate(np.mean(areas)) in text
+    assert "called b" in text

@@ -127,7 +127,7 @@ class RayPool:
     def __init__(self, spec: ExecutorSpec, use_gpus: bool = True) -> None:
         self.spec = spec
         self._started_ray = connect(spec)
-        have = ray.cluster_resources()
+        have = resources()
         self.gpus = int(have.get("GPU", 0)) if use_gpus else 0
         found = self.gpus or max(1, int(have.get("CPU", 1)))
         self.workers = min(spec.workers, found) if spec.workers and self.gpus else spec.workers or found
@@ -165,15 +165,17 @@ class RayPool:
     def _gpu_actors(self, worker: Worker) -> list[Any]:
         """A placement group for each GPU, created singly, so that pixels never cross the network."""
         k = self.spec.readers_per_gpu
-        cpus = ray.cluster_resources().get("CPU", 1.0) / self.workers
+        cpus = resources().get("CPU", 1.0) / self.workers
         share = min(1.0, math.floor(1e4 * cpus / (k + 1)) / 1e4)  # Ray counts in 1e-4
-        if worker.group is None:
-            worker.group = placement_group([{"GPU": 1, "CPU": share}, *[{"CPU": share}] * k], strategy="STRICT_PACK")
-            if not worker.group.wait(START_TIMEOUT_S):
-                raise InfrastructureError("No node has a free GPU with the cores for its readers.")
+        group = worker.group or placement_group(
+            [{"GPU": 1, "CPU": share}, *[{"CPU": share}] * k], strategy="STRICT_PACK"
+        )
+        worker.group = group
+        if not group.wait(START_TIMEOUT_S):
+            raise InfrastructureError("No node has a free GPU with the cores for its readers.")
 
         def start(kind: type, bundle: int, **options: Any) -> Any:
-            place = PlacementGroupSchedulingStrategy(worker.group, placement_group_bundle_index=bundle)
+            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
             limits = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": share, "scheduling_strategy": place}
             return ray.remote(kind).options(**limits, **options).remote(self._context)
 
@@ -294,6 +296,12 @@ class RayPool:
             ray.shutdown()
 
 
+def resources() -> dict[str, float]:
+    """Return what the cluster has: CPU, GPU, memory, ..."""
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return found
+
+
 def _get(ref: Any) -> Any:
     """ray.get with our own errors raised as themselves."""
     try:
@@ -313,7 +321,7 @@ def connect(spec: ExecutorSpec) -> bool:
     if ray.is_initialized():
         return False
     address = spec.address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "warning"}
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
     if address == "local":
         options |= {"include_dashboard": False, "num_cpus": spec.workers or None}
     try:

@@ -21,6 +21,7 @@ from pydantic import Field, JsonValue
 from torch import nn
 
 from slideflow_ray.errors import BundleError, ConfigError, NanScore
+from slideflow_ray.metrics import auc, histogram
 from slideflow_ray.models.bundle import BundleCard
 from slideflow_ray.models.networks import build, find_head
 from slideflow_ray.models.scorer import settle_gpu, to_margins
@@ -358,19 +359,13 @@ def _quality(card: BundleCard, logits: npt.NDArray[np.float32], truth: Labels) -
     else:
         known, hot = truth >= 0, truth > 0
         accuracy = float(((margins > 0) == hot)[known].mean()) if known.any() else math.nan
-    aucs = [rank_auc(margins[k, c], hot[k, c]) for c, k in enumerate(known.T)]
+    aucs = [_auc(margins[k, c], hot[k, c]) for c, k in enumerate(known.T)]
     defined = [auc for auc in aucs if not math.isnan(auc)]
     return accuracy, sum(defined) / len(defined) if defined else math.nan
 
 
-def rank_auc(scores: npt.NDArray[np.float32], positive: npt.NDArray[np.bool_]) -> float:
-    """Return the share of (positive, negative) pairs in order, ties counting half (Mann-Whitney); NaN without both."""
-    n = int(positive.sum())
-    if n in (0, len(positive)):
-        return math.nan
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    middle_rank = np.cumsum(counts) - (counts - 1) / 2
-    return float((middle_rank[inverse[positive]].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+def _auc(margins: npt.NDArray[np.float32], positive: npt.NDArray[np.bool_]) -> float:
+    return auc(histogram(margins[positive]), histogram(margins[~positive]))
 
 
 def _input(trainer: Trainer, pixels: Pixels) -> torch.Tensor:
