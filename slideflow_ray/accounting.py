@@ -13,6 +13,7 @@ from typing import Any
 from slideflow_ray import storage
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.lease import held
 from slideflow_ray.pipeline import Context
 from slideflow_ray.specs import RunSpec
 from slideflow_ray.store import folder_name
@@ -155,7 +156,7 @@ def status(out: Path) -> dict[str, Any]:
     else:
         done = sum(_has_scores(out, item["slide_id"], len(record["models"])) for item in record["items"])
     return {
-        "running": "running" if (out / "lease.json").exists() else "finished" if record["finished"] else "interrupted",
+        "running": "running" if held(out) else "finished" if record["finished"] else "interrupted",
         "slides": len(record["items"]),
         "done": done,
         "failed": by_status["failed"],

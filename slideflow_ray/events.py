@@ -65,6 +65,17 @@ class WorkerDied:
 
 
 @dataclass(frozen=True)
+class EpochTrained:
+    """An epoch of a training is over; `epoch` counts from 1, `val_loss` and `val_auc` are None without validation."""
+
+    epoch: int
+    epochs: int
+    train_loss: float
+    val_loss: float | None
+    val_auc: float | None
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """Every item has ended: the three counts add up to the cohort."""
 
@@ -74,7 +85,7 @@ class RunFinished:
     seconds: float
 
 
-Event = RunStarted | SlidePlanned | ChunkScored | SlideDone | SlideFailed | WorkerDied | RunFinished
+Event = RunStarted | SlidePlanned | ChunkScored | SlideDone | SlideFailed | WorkerDied | EpochTrained | RunFinished
 Listener = Callable[[Event], None]
 
 

@@ -43,6 +43,13 @@ def lease(out: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def held(out: Path) -> bool:
+    """Return whether a live run holds the lease of `out`; the lease of a killed run does not count."""
+    path = out / "lease.json"
+    there = storage.read_json(path)
+    return there is not None and _alive(path, there)
+
+
 def _take_over(path: Path, record: bytes) -> None:
     there = storage.read_json(path) or {}
     if _alive(path, there):

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from slideflow_ray.events import (
     ChunkScored,
+    EpochTrained,
     Event,
     RunFinished,
     RunStarted,
@@ -57,6 +58,8 @@ class RunProgress:
                 self.say(f"{event.slide_id} {word}: {event.code} {event.message.splitlines()[0]}")
             case WorkerDied():
                 self.say(f"{event.worker} died ({event.cause}); its tasks are tried again: {', '.join(event.slides)}")
+            case EpochTrained():
+                self.say(_epoch(event))
             case RunFinished():
                 self._finish(event)
                 return
@@ -100,6 +103,13 @@ class RunProgress:
             left = max(0.0, total - self.tiles_done) / per_second
             text += f", about {_clock(left)} left"
         return text
+
+
+def _epoch(event: EpochTrained) -> str:
+    line = f"epoch {event.epoch} of {event.epochs}: train loss {event.train_loss:.4f}"
+    if event.val_loss is not None and event.val_auc is not None:
+        line += f", val loss {event.val_loss:.4f}, val AUC {event.val_auc:.4f}"
+    return line
 
 
 def _clock(seconds: float) -> str:

@@ -56,7 +56,9 @@ def write_store(out: Path, slide: Scored) -> SlideStore:
     size = [STEP_PX0 * slide.shape[1] + 40, STEP_PX0 * slide.shape[0] + 40]
     store.describe({"uri": slide.item.uri, "size_px0": size, "mpp0": MPP0, "levels": [], "reader": "none"})
     xy = slide.cells[:, ::-1].astype(np.int64) * STEP_PX0
-    store.make_group(f"grids/{GRID}", {"determines": {"tile": TILE.model_dump()}, "shape": list(slide.shape)})
+    store.make_group(
+        f"grids/{GRID}", {"determines": {"tile": TILE.model_dump(), "mpp0": MPP0}, "shape": list(slide.shape)}
+    )
     n = len(xy)
     arrays = {
         "xy_px0": xy,

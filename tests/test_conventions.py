@@ -36,7 +36,7 @@ HEAVY = {
     "jinja2": {"report.py"},
     "pyarrow": {"tables.py"},
     "shapely": {"annotations.py"},
-    "sklearn": set(),
+    "sklearn": {"train/loop.py"},
 }
 
 

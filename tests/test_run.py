@@ -224,6 +224,7 @@ def test_a_killed_run_resumes_at_the_chunk_and_ends_with_the_same_bytes(chunks, 
     process.communicate()
     there = len(list(out.glob("slides/*/scores/*/*/c/*/0")))
     assert (out / "lease.json").exists()
+    assert status(out)["running"] == "interrupted"
     events = []
     result = run(made, listen=events.append)
     total = len(list(out.glob("slides/*/scores/*/*/c/*/0")))

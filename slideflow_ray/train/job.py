@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from slideflow_ray.accounting import RunResult
 from slideflow_ray.annotations import slide_labels
 from slideflow_ray.cohort import Item, check_splits, read_cohort
 from slideflow_ray.errors import ConfigError
-from slideflow_ray.events import Listener, silent
+from slideflow_ray.events import EpochTrained, Listener, silent
 from slideflow_ray.models.bundle import BundleCard, write_bundle
 from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.run import run
@@ -55,9 +55,7 @@ class TrainResult:
         return f"{line}\nBundle: {self.bundle}"
 
 
-def train(
-    job: TrainJob, listen: Listener = silent, on_epoch: Callable[[EpochResult], None] | None = None
-) -> TrainResult:
+def train(job: TrainJob, listen: Listener = silent) -> TrainResult:
     """Train on the cohort's train split, keep the epoch of lowest loss on val, write the bundle.
 
     The slides are planned, tiled and read by the same run and pipeline that score them.
@@ -86,9 +84,15 @@ def train(
         for split in ("train", "val")
     }
     val = sources["val"] if len(sources["val"]) else None
-    trained = fit(card, job.fit, sources["train"], val, on_epoch)
+    trained = fit(card, job.fit, sources["train"], val, lambda result: listen(_event(result, job.fit.epochs)))
     write_bundle(Path(job.out), card, trained.state_dict, overwrite=True)
     return TrainResult(Path(job.out), trained, {split: len(source) for split, source in sources.items()})
+
+
+def _event(result: EpochResult, epochs: int) -> EpochTrained:
+    val = result.val
+    scores = (val.loss, val.auc) if val else (None, None)
+    return EpochTrained(result.epoch + 1, epochs, result.train_loss, *scores)
 
 
 def _tile(job: TrainJob, items: Sequence[Item], listen: Listener) -> tuple[Context, RunResult]:

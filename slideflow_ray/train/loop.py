@@ -21,7 +21,6 @@ from pydantic import Field, JsonValue
 from torch import nn
 
 from slideflow_ray.errors import BundleError, ConfigError, NanScore
-from slideflow_ray.metrics import auc, histogram
 from slideflow_ray.models.bundle import BundleCard
 from slideflow_ray.models.networks import build, find_head
 from slideflow_ray.models.scorer import settle_gpu, to_margins
@@ -365,7 +364,10 @@ def _quality(card: BundleCard, logits: npt.NDArray[np.float32], truth: Labels) -
 
 
 def _auc(margins: npt.NDArray[np.float32], positive: npt.NDArray[np.bool_]) -> float:
-    return auc(histogram(margins[positive]), histogram(margins[~positive]))
+    """The exact AUC, NaN where one class is missing: early in training margins are too alike for histograms."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(positive, margins)) if 0 < positive.sum() < len(positive) else math.nan
 
 
 def _input(trainer: Trainer, pixels: Pixels) -> torch.Tensor:
