@@ -15,7 +15,7 @@ from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.lease import held
 from slideflow_ray.pipeline import Context
-from slideflow_ray.specs import RunSpec
+from slideflow_ray.specs import RunSpec, TileSpec
 from slideflow_ray.store import folder_name
 
 
@@ -23,7 +23,8 @@ from slideflow_ray.store import folder_name
 class Ended:
     """How an item ended. `status` is done, failed or refused; `outcome` says more about done.
 
-    `laid` are the slide's grids, `grids` the pairs (grid, model) that are scored.
+    `laid` are the slide's grids, `grids` the pairs (grid, model) that are scored. An image of a
+    pack is row `row` of the store `pack`.
     """
 
     slide_id: str
@@ -36,6 +37,8 @@ class Ended:
     code: str = ""
     message: str = ""
     next_step: str = ""
+    pack: str = ""
+    row: int = -1
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ def note_failure(out: Path, item: Item, ended: Ended) -> None:
     """Write down that an item failed or was refused, and what its row and file were then."""
     record = {"ended": asdict(ended), "item": item.model_dump(mode="json"), "seen": _seen(item)}
     storage.write_atomic(_note(out, item.slide_id), storage.to_json(record))
+
+
+def failed_before(out: Path, items: Sequence[Item]) -> frozenset[str]:
+    """Return the items that ended as failed or refused in an earlier run."""
+    return frozenset(item.slide_id for item in items if _note(out, item.slide_id).exists())
 
 
 def forget_failure(out: Path, slide_id: str) -> None:
@@ -106,7 +114,7 @@ def write_run(out: Path, spec: RunSpec, items: Sequence[Item], context: Context,
             "task": model.task,
             "classes": model.classes,
             "tile_px": model.tile.tile_px,
-            "mpp": model.tile.mpp,
+            "mpp": model.tile.mpp if isinstance(model.tile, TileSpec) else None,
             "path": model.spec.path,
         }
         for model in context.models

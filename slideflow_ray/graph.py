@@ -11,6 +11,7 @@ from slideflow_ray.cohort import Item
 from slideflow_ray.errors import Quarantined, SlideflowError
 from slideflow_ray.events import ChunkScored, Listener, SlideDone, SlideFailed, SlidePlanned, WorkerDied, silent
 from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
+from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import SlidePlan
 
 LOOK_AHEAD_CHUNKS = 2
@@ -28,7 +29,7 @@ class RunGraph:
 
     def __init__(
         self,
-        items: Iterable[Item],
+        items: Iterable[Item | Pack],
         before: Mapping[str, Ended] | None = None,
         listen: Listener = silent,
         note: Callable[[Ended], None] = lambda ended: None,

@@ -4,30 +4,60 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from slideflow_ray import storage
-from slideflow_ray.errors import SlideNotFound
+from slideflow_ray.errors import ReadError, SlideNotFound
 
 
-def identity(uri: str, cache: Path | None = None) -> str:
-    """Return ``sha256:<64 hex>`` of a local file; for a folder (a multi-file slide) that of its files.
+class Identities:
+    """Identities of many files, remembered in one note.
 
-    A file whose size and modification time are those of the last look is not hashed
-    again when `cache` is a folder to remember in.
-    Raises SlideNotFound.
+    A file whose size and modification time are those of the last look is not hashed again.
+    """
+
+    def __init__(self, note: Path | None = None) -> None:
+        self._note = note
+        self._known: dict[str, dict[str, Any]] = (storage.read_json(note) if note else None) or {}
+        self._new = False
+
+    def of(self, uri: str, sha256: str | None = None) -> str:
+        """Return ``sha256:<64 hex>`` of a local file; for a folder (a multi-file slide) that of its files.
+
+        Raises SlideNotFound, and ReadError when `sha256` is given and is another.
+        """
+        path = storage.local_path(uri)
+        if not path.exists():
+            raise SlideNotFound(f"{uri} does not exist.")
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        seen = [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+        known = self._known.get(str(path.absolute()))
+        if known is None or known["seen"] != seen:
+            known = {"seen": seen, "identity": f"sha256:{_hash(files, path)}"}
+            self._known[str(path.absolute())] = known
+            self._new = True
+        found = str(known["identity"])
+        if sha256 and found != f"sha256:{sha256.lower()}":
+            raise ReadError(f"{uri} has {found}, the cohort says sha256:{sha256.lower()}.")
+        return found
+
+    def save(self) -> None:
+        """Write the note, if anything was hashed."""
+        if self._note and self._new:
+            storage.write_atomic(self._note, storage.to_json(self._known))
+            self._new = False
+
+
+def identity(uri: str, cache: Path | None = None, sha256: str | None = None) -> str:
+    """Return the identity of one file, remembered in a note of its own below the folder `cache`.
+
+    Raises SlideNotFound, ReadError (see `Identities.of`).
     """
     path = storage.local_path(uri)
-    if not path.exists():
-        raise SlideNotFound(f"{uri} does not exist.")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    seen = [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    note = cache / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.json" if cache else None
-    known = storage.read_json(note) if note else None
-    if known and known["seen"] == seen:
-        return str(known["identity"])
-    found = f"sha256:{_hash(files, path)}"
-    if note:
-        storage.write_atomic(note, storage.to_json({"seen": seen, "identity": found}))
+    name = f"{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]}.json"
+    known = Identities(cache / name if cache else None)
+    found = known.of(uri, sha256)
+    known.save()
     return found
 
 

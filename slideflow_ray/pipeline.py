@@ -8,7 +8,7 @@ value; each may be killed anywhere and run again. Pixels leave a slide only thro
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,13 +17,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from slideflow_ray import storage
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import DiskFull, ReadError
+from slideflow_ray.errors import DiskFull, SlideflowError
 from slideflow_ray.grid import Grid, make_grid
 from slideflow_ray.identity import identity
+from slideflow_ray.packs import Pack, read_image, size_px0
 from slideflow_ray.profile import ComputeProfile
 from slideflow_ray.slides import SlideReader, open_slide, read_tiles
-from slideflow_ray.specs import ModelSpec, StoreSpec, TileSpec, TissueSpec, digest
+from slideflow_ray.specs import ModelSpec, StoreSpec, TileSpec, TissueSpec, WholeSpec, digest
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tissue import TissueMask, find_tissue
 
@@ -36,6 +38,7 @@ LOSSLESS_SHARE = 0.65
 GRID_ARRAYS = ("xy_px0", "wh_px0", "rowcol", "tissue", "item")
 
 Pixels = npt.NDArray[np.uint8]
+AnyTile = TileSpec | WholeSpec
 
 
 class Scorer(Protocol):
@@ -52,13 +55,18 @@ class RunModel:
     name: str
     node: str
     spec: ModelSpec
-    tile: TileSpec
+    tile: AnyTile
     task: str
     classes: tuple[str, ...]
 
     def applies_to(self, item: Item) -> bool:
         """Return whether the model's `where` matches the item's columns."""
         return all(getattr(item, column) == value for column, value in self.spec.where.items())
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model takes images in one piece."""
+        return isinstance(self.tile, WholeSpec)
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,9 @@ class Context:
 class Chunk:
     """One task: B rows of a grid, and the models whose scores are still missing there."""
 
-    item: Item
+    item: Item | Pack
     grid: str
-    tile: TileSpec
+    tile: AnyTile
     index: int
     tiles: int
     models: tuple[str, ...]
@@ -93,7 +101,7 @@ class GridPlan:
     """A committed grid, and the chunks of it that are still to do."""
 
     grid: str
-    tile: TileSpec
+    tile: AnyTile
     tiles: int
     chunks: int
     models: tuple[str, ...]
@@ -104,7 +112,7 @@ class GridPlan:
 class SlidePlan:
     """What a slide costs and what of it is left."""
 
-    item: Item
+    item: Item | Pack
     identity: str
     grids: tuple[GridPlan, ...]
     complete: bool
@@ -128,21 +136,43 @@ def plan_slide(context: Context, item: Item) -> SlidePlan:
 
     Raises SlideError (no scale, unreadable, ...), DiskFull.
     """
-    found = identity(item.uri, Path(context.out) / ".cache" / "identity")
-    if item.sha256 and found != f"sha256:{item.sha256.lower()}":
-        raise ReadError(f"{item.uri} has {found}, the cohort says sha256:{item.sha256.lower()}.")
+    found = identity(item.uri, Path(context.out) / ".cache" / "identity", item.sha256)
     store = SlideStore(context.out, item.slide_id)
-    models = [model for model in context.models if model.applies_to(item)]
+    models = [model for model in context.models if model.applies_to(item) and not model.whole]
     with open_slide(item.uri, mpp=item.mpp) as reader:
         about = _about(reader, item, found)
         store.describe(about)
-        _keep_item(store, item)
+        _keep_items(store, [item])
         tissue_node, tissue = _tissue(store, context.tissue, reader, item, about)
         grids = []
-        for tile in dict.fromkeys([*(model.tile for model in models), *context.tiles]):
+        wanted = [model.tile for model in models if isinstance(model.tile, TileSpec)]
+        for tile in dict.fromkeys([*wanted, *context.tiles]):
             users = tuple(model for model in models if model.tile == tile)
             node = _grid(store, context.store, tile, reader, tissue, {**about, "tissue": tissue_node})
             grids.append(_plan_grid(context, store, item, node, tile, users))
+    return _planned(context, store, item, found, grids)
+
+
+def plan_pack(context: Context, pack: Pack) -> SlidePlan:
+    """Lay the grids of a pack, one row an image, and make room for the scores; return what is left to do.
+
+    An image whose header cannot be read has size (0, 0); why comes out when it is read.
+    """
+    store = SlideStore(context.out, pack.slide_id)
+    store.describe({"kind": "pack", "identity": pack.identity})
+    _keep_items(store, [row.item for row in pack.rows])
+    models = [model for model in context.models if model.whole and model.applies_to(pack.example)]
+    grids = []
+    for whole in dict.fromkeys(model.tile for model in models):
+        users = tuple(model for model in models if model.tile == whole)
+        node = _pack_grid(store, context.store, whole, pack)
+        grids.append(_plan_grid(context, store, pack, node, whole, users))
+    return _planned(context, store, pack, pack.identity, grids)
+
+
+def _planned(
+    context: Context, store: SlideStore, item: Item | Pack, found: str, grids: Sequence[GridPlan]
+) -> SlidePlan:
     complete = all(store.committed(node) for grid in grids for node in _results(context, grid))
     return SlidePlan(item, found, tuple(grids), complete)
 
@@ -152,7 +182,35 @@ def _results(context: Context, grid: GridPlan) -> list[str]:
     if grid.tiles == 0:
         return []
     kept = [f"grids/{grid.grid}/tiles"] if context.store.tiles == "lossless" else []
-    return [*kept, *(f"scores/{grid.grid}/{model}" for model in grid.models)]
+    ends = [f"outcomes/{grid.grid}"] if isinstance(grid.tile, WholeSpec) else []
+    return [*kept, *ends, *(f"scores/{grid.grid}/{model}" for model in grid.models)]
+
+
+PACK_COLS = 32
+"""Images of a pack in one row of its contact sheet: their cells in `rowcol`."""
+
+
+def _pack_grid(store: SlideStore, keep: StoreSpec, whole: AnyTile, pack: Pack) -> str:
+    rows = keep.rows(whole.tile_px)
+    determines = {"identity": pack.identity, "whole": whole.model_dump(), "rows": rows, "pixels": PIXELS}
+    node = f"{whole.tile_px}px-whole-{digest(determines)}"
+    if store.committed(f"grids/{node}"):
+        return node
+    n = len(pack.rows)
+    cells = np.stack(np.divmod(np.arange(n), PACK_COLS), axis=1).astype(np.int32)
+    shape = [-(-n // PACK_COLS), PACK_COLS]
+    store.make_group(f"grids/{node}", {"determines": determines, "shape": shape, "level": 0, "mpp_achieved": 0.0})
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "xy_px0": np.zeros((n, 2), np.int64),
+        "wh_px0": np.array([size_px0(row) for row in pack.rows], np.int32),
+        "rowcol": cells,
+        "tissue": np.ones(n, np.float32),
+        "item": np.arange(n, dtype=np.int32),
+    }
+    for name, values in arrays.items():
+        store.write_array(f"grids/{node}/{name}", values)
+    store.commit(f"grids/{node}")
+    return node
 
 
 def _about(reader: SlideReader, item: Item, found: str) -> dict[str, Any]:
@@ -166,11 +224,11 @@ def _about(reader: SlideReader, item: Item, found: str) -> dict[str, Any]:
     }
 
 
-def _keep_item(store: SlideStore, item: Item) -> None:
-    row = item.model_dump(mode="json", exclude_none=True)
-    node = f"items/row-{digest(row)}"
+def _keep_items(store: SlideStore, items: Sequence[Item]) -> None:
+    rows = [item.model_dump(mode="json", exclude_none=True) for item in items]
+    node = f"items/rows-{digest(rows)}"
     if not store.committed(node):
-        store.make_group(node, {"rows": [row]})
+        store.make_group(node, {"rows": rows})
         store.commit(node)
 
 
@@ -241,7 +299,7 @@ def read_grid(store: SlideStore, node: str) -> Grid:
 
 
 def _plan_grid(
-    context: Context, store: SlideStore, item: Item, node: str, tile: TileSpec, models: tuple[RunModel, ...]
+    context: Context, store: SlideStore, item: Item | Pack, node: str, tile: AnyTile, models: tuple[RunModel, ...]
 ) -> GridPlan:
     n = len(store.read(f"grids/{node}/item"))
     rows = context.store.rows(tile.tile_px)
@@ -263,7 +321,7 @@ def _plan_grid(
     return GridPlan(node, tile, n, -(-n // rows), names, todo)
 
 
-def _tiles_todo(context: Context, store: SlideStore, node: str, tile: TileSpec, n: int, rows: int) -> list[int]:
+def _tiles_todo(context: Context, store: SlideStore, node: str, tile: AnyTile, n: int, rows: int) -> list[int]:
     tiles = f"grids/{node}/tiles"
     if context.store.tiles == "none" or store.committed(tiles):
         return []
@@ -311,17 +369,52 @@ def read_chunk(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
     node = f"grids/{chunk.grid}/tiles"
     if store.has_chunk(node, chunk.index, ndim=4):
         return store.read(node, chunk.index)
-    boxes = _boxes(context.out, chunk.item.slide_id, chunk.grid)
-    rows = context.store.rows(chunk.tile.tile_px)
-    xy_px0 = boxes[chunk.index * rows : chunk.index * rows + chunk.tiles]
-    try:
-        pixels = read_tiles(slides.get(chunk.item), xy_px0, tile_px=chunk.tile.tile_px, mpp=chunk.tile.mpp)
-    except Exception:
-        slides.forget()
-        raise
+    read = _read_images if isinstance(chunk.item, Pack) else _read_boxes
+    pixels = read(context, chunk, slides)
     if context.store.tiles == "lossless":
         store.write_chunk(node, chunk.index, pixels)
     return pixels
+
+
+def _read_boxes(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
+    boxes = _boxes(context.out, chunk.item.slide_id, chunk.grid)
+    rows = context.store.rows(chunk.tile.tile_px)
+    xy_px0 = boxes[chunk.index * rows : chunk.index * rows + chunk.tiles]
+    if not isinstance(chunk.item, Item) or not isinstance(chunk.tile, TileSpec):
+        raise TypeError("Boxes are read from a slide.")
+    try:
+        return read_tiles(slides.get(chunk.item), xy_px0, tile_px=chunk.tile.tile_px, mpp=chunk.tile.mpp)
+    except Exception:
+        slides.forget()
+        raise
+
+
+def _read_images(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
+    """Read a pack's rows, each by itself: one that cannot be read is black and stands in `outcomes`."""
+    if not isinstance(chunk.item, Pack) or not isinstance(chunk.tile, WholeSpec):
+        raise TypeError("Whole images are read from a pack.")
+    rows = context.store.rows(chunk.tile.tile_px)
+    start = chunk.index * rows
+    pixels = np.zeros((chunk.tiles, chunk.tile.tile_px, chunk.tile.tile_px, 3), np.uint8)
+    broken: dict[str, dict[str, Any]] = {}
+    for i, row in enumerate(chunk.item.rows[start : start + chunk.tiles]):
+        try:
+            pixels[i] = read_image(row, chunk.tile)
+        except SlideflowError as error:
+            status = "refused" if error.refused else "failed"
+            why = {"status": status, "code": error.code, "message": error.message, "next_step": error.step}
+            broken[str(start + i)] = why
+    path = SlideStore(context.out, chunk.item.slide_id).root / f"outcomes/{chunk.grid}/{chunk.index}.json"
+    storage.write_atomic(path, storage.to_json(broken))
+    return pixels
+
+
+def broken_rows(store: SlideStore, grid: str, chunk: int | None = None) -> dict[int, dict[str, Any]]:
+    """Return the rows of a pack that could not be read, in one chunk or in all: status, code, message, next_step."""
+    folder = store.root / "outcomes" / grid
+    paths = [folder / f"{chunk}.json"] if chunk is not None else sorted(folder.glob("*.json"))
+    found = [storage.read_json(path) or {} for path in paths]
+    return {int(row): why for record in found for row, why in record.items()}
 
 
 @lru_cache(maxsize=8)
@@ -335,8 +428,16 @@ def score_chunk(context: Context, chunk: Chunk, pixels: Pixels, scorer: Callable
     Raises NanScore.
     """
     store = SlideStore(context.out, chunk.item.slide_id)
+    good = np.ones(len(pixels), bool)
+    if isinstance(chunk.item, Pack):
+        start = chunk.index * context.store.rows(chunk.tile.tile_px)
+        good[[row - start for row in broken_rows(store, chunk.grid, chunk.index)]] = False
+    classes = {model.node: len(model.classes) for model in context.models}
     for model in chunk.models:
-        store.write_chunk(f"scores/{chunk.grid}/{model}", chunk.index, scorer(model).margins(pixels))
+        margins = np.full((len(pixels), classes[model]), np.nan, np.float32)
+        if good.any():
+            margins[good] = scorer(model).margins(pixels if good.all() else pixels[good])
+        store.write_chunk(f"scores/{chunk.grid}/{model}", chunk.index, margins)
     return len(pixels)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slideflow_ray import execute, storage
-from slideflow_ray.accounting import Ended, RunResult, forget_failure, note_failure, refused_before, write_run
+from slideflow_ray.accounting import Ended, RunResult, refused_before, write_run
 from slideflow_ray.cohort import Item, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import Listener, RunFinished, RunStarted, silent
@@ -21,9 +21,11 @@ from slideflow_ray.execute import Pool
 from slideflow_ray.graph import RunGraph
 from slideflow_ray.lease import lease
 from slideflow_ray.models.bundle import BundleCard, forward_digest, read_card
-from slideflow_ray.pipeline import LOSSLESS_SHARE, Context, RunModel, SlidePlan
+from slideflow_ray.packs import Pack
+from slideflow_ray.pipeline import LOSSLESS_SHARE, AnyTile, Context, RunModel, SlidePlan
 from slideflow_ray.profile import ComputeProfile
-from slideflow_ray.specs import ComputeSpec, ModelSpec, RunSpec, TileSpec, digest
+from slideflow_ray.specs import ComputeSpec, ModelSpec, RunSpec, TileSpec, WholeSpec, digest
+from slideflow_ray.units import Units
 
 # configuration
 
@@ -47,7 +49,7 @@ def run_models(spec: RunSpec, profile: ComputeProfile) -> tuple[RunModel, ...]:
             name=card.name,
             node=f"{card.name}-{digest([forward, profile.digest()])}",
             spec=model,
-            tile=tile_spec(spec, card),
+            tile=tile_spec(spec, model, card),
             task=card.task,
             classes=card.classes,
         )
@@ -55,8 +57,17 @@ def run_models(spec: RunSpec, profile: ComputeProfile) -> tuple[RunModel, ...]:
     )
 
 
-def tile_spec(spec: RunSpec, card: BundleCard) -> TileSpec:
-    """Return the tiles that a bundle wants: size and scale are the bundle's, stride and tissue the run's."""
+def tile_spec(spec: RunSpec, model: ModelSpec, card: BundleCard) -> AnyTile:
+    """Return the tiles that a bundle wants: size and scale are the bundle's, stride and tissue the run's.
+
+    Raises ConfigError when run.toml says `on` what the bundle cannot take.
+    """
+    if card.whole or model.on == "whole":
+        if model.on == "tissue":
+            raise ConfigError(f"{card.name} is a bundle of whole images, and run.toml says on = 'tissue'.")
+        return WholeSpec(tile_px=card.tile_px, fit=card.whole or "squash")
+    if card.mpp is None:
+        raise ConfigError(f"{card.name} has no mpp, so it cannot score tiles.")
     return TileSpec(tile_px=card.tile_px, mpp=card.mpp, stride_px=spec.stride_px, min_tissue=spec.min_tissue)
 
 
@@ -95,8 +106,9 @@ def run(
     items, out = _checked(spec, items)
     with lease(out):
         before = {} if retry else refused_before(out, items)
-        graph, context = _work(spec, items, listen, before)
-        result = RunResult(tuple(graph.ended[i.slide_id] for i in items), graph.changed, time.monotonic() - started)
+        work, context, changed = _work(spec, items, listen, before, retry)
+        ended = tuple(work.ended[item.slide_id] for item in items)
+        result = RunResult(ended, changed, time.monotonic() - started)
         _write_heatmaps(spec, context, result)
         write_run(out, spec, items, context, result)
     listen(RunFinished(**result.counts, seconds=result.seconds))
@@ -117,7 +129,9 @@ def _checked(spec: RunSpec, items: Sequence[Item] | None) -> tuple[tuple[Item, .
     return items, out
 
 
-def _work(spec: RunSpec, items: Sequence[Item], listen: Listener, before: dict[str, Ended]) -> tuple[RunGraph, Context]:
+def _work(
+    spec: RunSpec, items: Sequence[Item], listen: Listener, before: dict[str, Ended], retry: bool
+) -> tuple[Units, Context, bool]:
     out = Path(spec.out)
     pool = execute.open_pool(spec.executor, spec.compute)
     try:
@@ -125,22 +139,14 @@ def _work(spec: RunSpec, items: Sequence[Item], listen: Listener, before: dict[s
         models = run_models(spec, profile) if profile else ()
         context = Context(spec.out, models, spec.tissue, spec.store, spec.tile, profile)
         write_run(out, spec, items, context, None)
-        by_id = {item.slide_id: item for item in items}
-        graph = RunGraph(items, before, listen, lambda ended: _note(out, by_id[ended.slide_id], ended))
-        names = tuple(model.name for model in models)
-        listen(RunStarted(len(items), names, spec.executor.kind, pool.workers))
+        units = Units(context, items, before, retry)
+        graph = RunGraph(units.todo, listen=listen, note=units.note)
+        listen(RunStarted(len(units.todo), tuple(model.name for model in models), spec.executor.kind, pool.workers))
         pool.load(context)
         execute.run(graph, pool)
     finally:
         pool.close()
-    return graph, context
-
-
-def _note(out: Path, item: Item, ended: Ended) -> None:
-    if ended.status == "done":
-        forget_failure(out, item.slide_id)
-    else:
-        note_failure(out, item, ended)
+    return units, context, graph.changed
 
 
 def _write_heatmaps(spec: RunSpec, context: Context, result: RunResult) -> None:
@@ -148,7 +154,7 @@ def _write_heatmaps(spec: RunSpec, context: Context, result: RunResult) -> None:
         return
     from slideflow_ray.aggregate import write_heatmaps
 
-    done = (e for e in result.ended if e.status == "done" and e.tiles)
+    done = (e for e in result.ended if e.status == "done" and e.tiles and not e.pack)
     work = [(e.slide_id, grid, model) for e in done for grid, model in e.grids]
     write_heatmaps(context.out, work, scheduler=spec.dask)
 
@@ -168,7 +174,7 @@ def plan(spec: RunSpec, items: Sequence[Item] | None = None) -> dict[str, Any]:
             profile = fixed_profile(out, spec.compute, pool) if spec.model else None
             models = run_models(spec, profile) if profile else ()
             context = Context(spec.out, models, spec.tissue, spec.store, spec.tile, profile)
-            slides = [_slide_cost(context, item) for item in items]
+            slides = [_cost(context, unit) for unit in Units(context, items, {}, retry=False).todo]
         finally:
             pool.close()
     gigabytes = sum(slide["bytes"] for slide in slides) / 1e9
@@ -181,7 +187,7 @@ def plan(spec: RunSpec, items: Sequence[Item] | None = None) -> dict[str, Any]:
     }
 
 
-def _slide_cost(context: Context, item: Item) -> dict[str, Any]:
+def _cost(context: Context, item: Item | Pack) -> dict[str, Any]:
     from slideflow_ray.execute import Failed, Task
     from slideflow_ray.execute.worker import Reader
 

@@ -77,6 +77,13 @@ class TileSpec(Spec):
         return self.stride_px or self.tile_px
 
 
+class WholeSpec(Spec):
+    """Images in one piece, each made `tile_px` x `tile_px`: squashed, or padded to a square with white first."""
+
+    tile_px: Annotated[int, Field(ge=8, le=4096)]
+    fit: Literal["squash", "pad"]
+
+
 class StoreSpec(Spec):
     """What is kept: `tiles` raw and lossless, or none. `chunk_rows` = 0 derives the chunk from the tile's size."""
 
@@ -104,18 +111,22 @@ class ComputeSpec(Spec):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
+ROUTES = ("modality", "stain", "scanner", "site", "sequence")
+"""Columns of the cohort by which `where` sends items to models."""
+
+
 class ModelSpec(Spec):
-    """One bundle of the run and where it applies."""
+    """One bundle of the run and where it applies. `on`: tissue tiles or the whole image; the bundle says, if None."""
 
     path: str
     where: dict[str, str] = {}
-    on: str = "tissue"
+    on: str | None = None
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
-        if self.on != "tissue":
-            raise ValueError(f'on = "{self.on}" is not supported yet; use "tissue"')
-        unknown = set(self.where) - {"modality", "stain", "scanner", "site", "sequence"}
+        if self.on not in (None, "tissue", "whole"):
+            raise ValueError(f'on = "{self.on}" is not supported yet; use "tissue" or "whole"')
+        unknown = set(self.where) - set(ROUTES)
         if unknown:
             raise ValueError(f"where has unknown columns {sorted(unknown)}")
         return self

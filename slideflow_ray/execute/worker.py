@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from slideflow_ray import pipeline, profile
 from slideflow_ray.errors import ProfileError, SlideflowError, UnexpectedError, as_slideflow_error
 from slideflow_ray.execute import Done, Failed, Task
-from slideflow_ray.pipeline import Context, OpenSlides, Pixels, Scorer
+from slideflow_ray.packs import Pack
+from slideflow_ray.pipeline import Context, OpenSlides, Pixels, Scorer, SlidePlan
 
 
 class Reader:
@@ -34,7 +36,10 @@ class Reader:
     def perform(self, task: Task) -> Done | Failed:
         """Do a whole task that needs no model."""
         if task.stage == "plan":
-            return attempt(task, lambda: pipeline.plan_slide(self.context, task.payload))
+            plan: Callable[[Context, Any], SlidePlan] = (
+                pipeline.plan_pack if isinstance(task.payload, Pack) else pipeline.plan_slide
+            )
+            return attempt(task, lambda: plan(self.context, task.payload))
         return attempt(task, lambda: pipeline.derive(self.context, task.payload))
 
     def read(self, task: Task) -> Pixels | Failed:

@@ -55,6 +55,8 @@ Channel = Annotated[float, Field(allow_inf_nan=False)]
 class BundleCard(Spec):
     """What a bundle says of itself. The bundle owns tile size and scale, so nobody types them twice.
 
+    `mpp` is the tiles' um per pixel. A bundle of whole images (crops, micrographs, slices) has `whole`
+    instead: the image becomes tile_px x tile_px by squashing it, or by padding it to a square with white.
     `mean` and `std` are those of red, green and blue scaled to 0..1, as training used them.
     `precision` "auto" follows the compute profile; "fp32" is for a network that bf16 harms.
     `arguments` go to the architecture's constructor.
@@ -69,7 +71,8 @@ class BundleCard(Spec):
     arguments: dict[str, JsonValue] = Field(default={})
     classes: tuple[Annotated[str, Field(min_length=1)], ...]
     tile_px: Annotated[int, Field(ge=8, le=4096)]
-    mpp: Positive
+    mpp: Positive | None = None
+    whole: Literal["squash", "pad"] | None = None
     channels: Literal[3] = 3
     mean: tuple[Channel, Channel, Channel]
     std: tuple[Positive, Positive, Positive]
@@ -93,6 +96,12 @@ class BundleCard(Spec):
         if bad := sorted(set(value) & OURS_TO_SET):
             raise ValueError(f"{', '.join(bad)} cannot be given: weights and sizes come from the bundle itself")
         return value
+
+    @model_validator(mode="after")
+    def _has_a_scale(self) -> BundleCard:
+        if self.mpp is None and self.whole is None:
+            raise ValueError("give mpp (um per pixel of the tiles), or whole for images that are scored in one piece")
+        return self
 
     @model_validator(mode="after")
     def _classes_fit_the_task(self) -> BundleCard:
