@@ -23,8 +23,8 @@ from slideflow_ray.store import folder_name
 class Ended:
     """How an item ended. `status` is done, failed or refused; `outcome` says more about done.
 
-    `laid` are the slide's grids, `grids` the pairs (grid, model) that are scored. An image of a
-    pack is row `row` of the store `pack`.
+    `laid` are the slide's grids, `grids` the pairs (grid, model) that are scored. An image that is
+    scored in one piece is row `row` of the store `pack`, and `packed` are the pairs there.
     """
 
     slide_id: str
@@ -39,6 +39,7 @@ class Ended:
     next_step: str = ""
     pack: str = ""
     row: int = -1
+    packed: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

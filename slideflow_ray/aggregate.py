@@ -13,7 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import batched
 from typing import Any, Literal
 
@@ -45,7 +45,10 @@ Labels = npt.NDArray[np.int8]
 
 @dataclass(frozen=True)
 class Part:
-    """One slide's scores by one model: nodes `scores/<grid>/<model>` and `labels` (None where there are none)."""
+    """One slide's scores by one model: nodes `scores/<grid>/<model>` and `labels` (None where there are none).
+
+    An image in one piece is row `row` of the store `pack`; `whole` is its label by class, 1, 0 or -1.
+    """
 
     out: str
     slide_id: str
@@ -53,19 +56,32 @@ class Part:
     model: str
     patient: str = ""
     labels: str | None = None
+    pack: str = ""
+    row: int = -1
+    whole: tuple[int, ...] | None = None
 
     @property
     def store(self) -> SlideStore:
-        """The slide's store, opened where it is used."""
-        return SlideStore(self.out, self.slide_id)
+        """The slide's (or pack's) store, opened where it is used."""
+        return SlideStore(self.out, self.pack or self.slide_id)
 
     def margins(self) -> Floats:
         """Return the slide's margins, float32 (N, C). Raises CorruptStore, StoreError."""
+        if self.pack:
+            return _pack_scores(self.out, self.pack, self.grid, self.model)[self.row : self.row + 1]
         return self.store.read(f"scores/{self.grid}/{self.model}")
 
     def truth(self) -> Labels | None:
         """Return the slide's labels, int8 (N, K), -1 unknown; None without labels."""
+        if self.pack:
+            return None if self.whole is None else np.array([self.whole], np.int8)
         return None if self.labels is None else self.store.read(self.labels)
+
+
+@lru_cache(maxsize=32)
+def _pack_scores(out: str, pack: str, grid: str, model: str) -> Floats:
+    """A pack is read once for its thousand images."""
+    return SlideStore(out, pack).read(f"scores/{grid}/{model}")
 
 
 # over many stores

@@ -235,6 +235,9 @@ def _parts(run: Run, model: Model) -> list[Part]:
             grids = [grid for grid, node in outcome["grids"] if node == model.node]
             patient = item.patient if item.split else ""  # what is in no split adds to no patient's histogram
             parts += [Part(str(run.out), item.slide_id, grid, model.node, patient) for grid in grids]
+            row = {"pack": outcome.get("pack", ""), "row": outcome.get("row", -1)}
+            whole = [grid for grid, node in outcome.get("packed", ()) if node == model.node]
+            parts += [Part(str(run.out), item.slide_id, grid, model.node, patient, **row) for grid in whole]
     return [part for part in parts if part.store.committed(f"scores/{part.grid}/{part.model}")]
 
 
@@ -248,12 +251,20 @@ def label_tiles(run: Run, model: Model, parts: Sequence[Part]) -> list[Part]:
     """
     items = {item.slide_id: item for item in run.items}
     label = partial(_label, items=items, model=model, spec=run.labels)
-    nodes, errors = aggregate.over_slides(label, parts, _merge_labels, run.scheduler)
+    tiled = [part for part in parts if not part.pack]
+    nodes, errors = aggregate.over_slides(label, tiled, _merge_labels, run.scheduler)
     if errors:
         shown = "\n".join(error.message for error in errors[:5])
         more = f"\n... and {len(errors) - 5} more." if len(errors) > 5 else ""
         raise AnnotationError(shown + more, next_step=errors[0].step)
-    return [replace(part, labels=nodes.get(part.slide_id)) for part in parts]
+    labelled = [replace(part, labels=nodes.get(part.slide_id)) for part in parts if not part.pack]
+    return labelled + [_whole(part, items[part.slide_id], model, run.labels.names) for part in parts if part.pack]
+
+
+def _whole(part: Part, item: Item, model: Model, names: Mapping[str, str]) -> Part:
+    """An image in one piece has the cohort's label."""
+    truth = tuple(truth_of(item, model, c, names) for c in range(len(model.classes)))
+    return replace(part, whole=truth if max(truth) >= 0 else None)
 
 
 _Labelled = tuple[dict[str, str], list[AnnotationError]]

@@ -62,6 +62,7 @@ class Packed:
 
     packs: tuple[Pack, ...]
     places: Mapping[str, tuple[str, int]]
+    identities: Mapping[str, str]
     errors: Mapping[str, SlideflowError]
 
 
@@ -93,7 +94,7 @@ def pack_items(out: Path, items: Sequence[Item], again: Collection[str] = ()) ->
         places |= {row.item.slide_id: (pack_id, i) for i, row in enumerate(rows)}
     by_id = {row.item.slide_id: row for row in here}
     wanted = dict.fromkeys(pack for pack, _ in places.values())
-    return Packed(tuple(_read(out, pack_id, by_id) for pack_id in wanted), places, errors)
+    return Packed(tuple(_read(out, pack_id, by_id) for pack_id in wanted), places, identities, errors)
 
 
 def _key(row: Row) -> tuple[str, str, float | None]:

@@ -142,7 +142,7 @@ def plan_slide(context: Context, item: Item) -> SlidePlan:
     with open_slide(item.uri, mpp=item.mpp) as reader:
         about = _about(reader, item, found)
         store.describe(about)
-        _keep_items(store, [item])
+        _keep_items(store, [item.model_dump(mode="json", exclude_none=True)])
         tissue_node, tissue = _tissue(store, context.tissue, reader, item, about)
         grids = []
         wanted = [model.tile for model in models if isinstance(model.tile, TileSpec)]
@@ -160,7 +160,7 @@ def plan_pack(context: Context, pack: Pack) -> SlidePlan:
     """
     store = SlideStore(context.out, pack.slide_id)
     store.describe({"kind": "pack", "identity": pack.identity})
-    _keep_items(store, [row.item for row in pack.rows])
+    _keep_items(store, [{"slide_id": r.item.slide_id, "identity": r.identity, "mpp": r.item.mpp} for r in pack.rows])
     models = [model for model in context.models if model.whole and model.applies_to(pack.example)]
     grids = []
     for whole in dict.fromkeys(model.tile for model in models):
@@ -224,11 +224,10 @@ def _about(reader: SlideReader, item: Item, found: str) -> dict[str, Any]:
     }
 
 
-def _keep_items(store: SlideStore, items: Sequence[Item]) -> None:
-    rows = [item.model_dump(mode="json", exclude_none=True) for item in items]
+def _keep_items(store: SlideStore, rows: Sequence[dict[str, Any]]) -> None:
     node = f"items/rows-{digest(rows)}"
     if not store.committed(node):
-        store.make_group(node, {"rows": rows})
+        store.make_group(node, {"rows": list(rows)})
         store.commit(node)
 
 

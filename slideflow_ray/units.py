@@ -27,7 +27,7 @@ class Units:
         left = [item for item in items if item.slide_id not in before]
         packed = [item for item in left if any(m.whole and m.applies_to(item) for m in context.models)]
         again = failed_before(self._out, packed) if retry else frozenset()
-        self._packed = pack_items(self._out, packed, again) if packed else Packed((), {}, {})
+        self._packed = pack_items(self._out, packed, again) if packed else Packed((), {}, {}, {})
         whole = {item.slide_id for item in packed}
         tiled = [i for i in left if i.slide_id not in whole or _in_tiles(context, i)]
         self._both = whole & {item.slide_id for item in tiled}
@@ -47,7 +47,17 @@ class Units:
         broken = _broken(self._out, ended)
         for slide_id in self._rows[ended.slide_id]:
             row = self._packed.places[slide_id][1]
-            mine = replace(ended, slide_id=slide_id, pack=ended.slide_id, row=row, tiles=min(1, ended.tiles))
+            mine = replace(
+                ended,
+                slide_id=slide_id,
+                identity=self._packed.identities[slide_id],
+                tiles=min(1, ended.tiles),
+                laid=(),
+                grids=(),
+                pack=ended.slide_id,
+                row=row,
+                packed=ended.grids,
+            )
             self._end(_broken_one(mine, broken[row]) if row in broken else mine)
 
     def _end(self, ended: Ended) -> None:
@@ -89,5 +99,4 @@ def _worse(one: Ended, other: Ended) -> Ended:
     if one.status != "done" or other.status != "done":
         return one if one.status != "done" else other
     slide, packed = (other, one) if one.pack else (one, other)
-    grids, laid = slide.grids + packed.grids, slide.laid + packed.laid
-    return replace(slide, grids=grids, laid=laid, pack=packed.pack, row=packed.row)
+    return replace(slide, pack=packed.pack, row=packed.row, packed=packed.packed)

@@ -55,7 +55,7 @@ def spec(cohort: Path, out: Path, *models: Path, **settings) -> RunSpec:
 
 def score_of(out: Path, slide_id: str) -> float:
     ended = read_run(out)["outcomes"][slide_id]
-    grid, model = ended["grids"][0]
+    grid, model = ended["packed"][0]
     return float(SlideStore(out, ended["pack"]).read(f"scores/{grid}/{model}")[ended["row"], 1])
 
 
@@ -81,7 +81,7 @@ def test_padding_keeps_the_shape_of_things(whole, tmp_path):
     Image.fromarray(wide).save(tmp_path / "crop00000.png")
     run(spec(write_table(tmp_path, 1), tmp_path / "out", whole["pad"]))
     ended = read_run(tmp_path / "out")["outcomes"]["c0"]
-    tile = SlideStore(tmp_path / "out", ended["pack"]).read(f"grids/{ended['laid'][0]}/tiles")[0]
+    tile = SlideStore(tmp_path / "out", ended["pack"]).read(f"grids/{ended['packed'][0][0]}/tiles")[0]
     assert (tile[:9] == 255).all()
     assert (tile[12:20] == 0).all()
     assert (tile[23:] == 255).all()
@@ -152,7 +152,7 @@ def test_a_pack_holds_at_most_1024_and_is_formed_once(tmp_path):
     assert pack_items(tmp_path / "out", items).places == packed.places
     fewer = pack_items(tmp_path / "out", items[::2])
     assert all(fewer.places[item.slide_id] == packed.places[item.slide_id] for item in items[::2])
-    assert [pack.slide_id for pack in fewer.packs] == [pack.slide_id for pack in packed.packs]
+    assert {pack.slide_id for pack in fewer.packs} == {pack.slide_id for pack in packed.packs}
 
 
 def test_few_files_for_many_crops(whole, tmp_path):
@@ -174,3 +174,25 @@ def test_slides_and_crops_go_through_one_run(whole, bundles, marked, tmp_path):
     assert ended["slide"].tiles > 1
     assert ended["c0"].pack
     assert json.loads((tmp_path / "out/run.json").read_text())["outcomes"]["c4"]["row"] == 4
+
+
+def test_crops_are_evaluated_by_their_labels_and_patients(whole, tmp_path):
+    from sklearn.metrics import roc_auc_score
+
+    from slideflow_ray.evaluate import evaluate
+    from slideflow_ray.metrics import bin_of
+
+    write_crops(tmp_path, 80)
+    path = write_table(tmp_path, 80)
+    head, *rows = path.read_text().splitlines()
+    split = [",val" if i // 4 % 2 else ",test" for i in range(80)]
+    path.write_text("\n".join([head + ",split", *(row + s for row, s in zip(rows, split, strict=True))]) + "\n")
+    names = {"mspgn": "tumor"}
+    run(spec(path, tmp_path / "out", whole["squash"], labels={"names": names}))
+    found = evaluate(tmp_path / "out")
+    (test,) = [r for r in found.results if r.split == "test" and r.level == "slide"]
+    tested = [i for i in range(80) if split[i] == ",test"]
+    margins = [score_of(tmp_path / "out", f"c{i}") for i in tested]
+    assert (test.positives, test.negatives, test.patients) == (20, 20, 10)
+    bins = bin_of(np.float32(margins))  # a network with random weights gives margins that share bins
+    assert test.auc == pytest.approx(roc_auc_score([i % 2 for i in tested], bins))
