@@ -159,7 +159,7 @@ def plan_slide(context: Context, item: Item) -> SlidePlan:
     found = identity(item.uri, Path(context.out) / ".cache" / "identity", item.sha256)
     store = SlideStore(context.out, item.slide_id)
     models = [model for model in context.models if model.applies_to(item) and not model.whole]
-    with open_slide(item.uri, mpp=item.mpp) as reader:
+    with open_slide(item.uri, mpp=item.mpp, modality=item.modality) as reader:
         about = _about(reader, item, found)
         store.describe(about)
         _keep_items(store, [item.model_dump(mode="json", exclude_none=True)])
@@ -239,6 +239,7 @@ def _about(reader: SlideReader, item: Item, found: str) -> dict[str, Any]:
         "identity": found,
         "size_px0": list(reader.size_px0),
         "mpp0": reader.mpp0,
+        "mpp_source": reader.mpp_source,
         "levels": [[*level.size, *level.downsample] for level in reader.levels],
         "reader": reader.name,
     }
@@ -273,8 +274,8 @@ def read_tissue(store: SlideStore, node: str) -> TissueMask:
 
 
 def _pixels_of(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What determines a slide's pixels and scale; its path does not."""
-    return {key: value for key, value in about.items() if key != "uri"}
+    """What determines a slide's pixels and scale; its path and who told the scale do not."""
+    return {key: value for key, value in about.items() if key not in ("uri", "mpp_source")}
 
 
 def _grid(
@@ -360,12 +361,12 @@ class OpenSlides:
 
     def __init__(self, limit: int = 2) -> None:
         self._limit = limit
-        self._open: dict[tuple[str, float | None], SlideReader] = {}
+        self._open: dict[tuple[str, float | None, str], SlideReader] = {}
 
     def get(self, item: Item) -> SlideReader:
         """Return the item's reader, opening it if need be."""
-        key = (item.uri, item.mpp)
-        reader = self._open.pop(key, None) or open_slide(item.uri, mpp=item.mpp)
+        key = (item.uri, item.mpp, item.modality)
+        reader = self._open.pop(key, None) or open_slide(item.uri, mpp=item.mpp, modality=item.modality)
         self._open[key] = reader  # the latest used stands last
         while len(self._open) > self._limit:
             self._open.pop(next(iter(self._open))).close()

@@ -1,10 +1,22 @@
 """Slides: anything with pixels and a scale, opened by the library that reads it best.
 
-Each library is loaded when the first slide that needs it is opened.
+What a file is, its first bytes say, not its suffix. Each library is loaded when the
+first slide that needs it is opened.
+
+====================================  ==========================================
+content                               tried in this order
+====================================  ==========================================
+folder with OME-Zarr's metadata, zip  omezarr (0.4 and 0.5)
+folder of one DICOM series            openslide
+TIFF                                  tiffslide, openslide, image
+PNG, JPEG                             image (MIRAX, whose .mrxs is a JPEG: openslide)
+anything else                         openslide
+====================================  ==========================================
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from slideflow_ray.errors import NotASlide, SlideError
@@ -12,40 +24,85 @@ from slideflow_ray.slides.base import SlideReader, check_file
 from slideflow_ray.slides.tiles import read_tiles
 from slideflow_ray.storage import local_path
 
-__all__ = ["SlideReader", "open_slide", "read_tiles"]
+__all__ = ["SlideReader", "is_dicom", "is_zarr", "open_slide", "read_tiles"]
+
+Opener = Callable[[str, Path, float | None, str | None], SlideReader]
+
+ZARR_METADATA = ("zarr.json", ".zgroup", ".zattrs")
 
 
-def open_slide(uri: str, *, mpp: float | None = None) -> SlideReader:
-    """Open a slide from a path or a file:// uri; tiffslide first, OpenSlide for what it cannot read.
+def open_slide(uri: str, *, mpp: float | None = None, modality: str | None = None) -> SlideReader:
+    """Open a slide from a path or a file:// uri.
 
-    `mpp`, um per pixel of level 0, overrides what the file says. Raises ConfigError
-    (another scheme), SlideNotFound, NotASlide, TruncatedSlide, BadDimensions, NoMpp
-    and BadMpp.
+    `mpp`, um per pixel of level 0, overrides what the file says; `modality` says which
+    scales are credible. Raises ConfigError (another scheme), SlideNotFound, NotASlide,
+    TruncatedSlide, BadDimensions, NoMpp and BadMpp.
     """
     path = local_path(uri)
-    why = ""
-    if check_file(path):
+    causes, cause = [], None
+    for name, opener in _openers(path):
         try:
-            return _tiff(uri, path, mpp)
+            return opener(uri, path, mpp, modality)
         except (SlideError, MemoryError):
             raise
-        except Exception as error:  # noqa: BLE001 - whatever tiffslide stumbles over, OpenSlide may read
-            why = f"tiffslide: {error}; "
-    return _openslide(uri, path, mpp, why)
+        except Exception as error:  # noqa: BLE001 - whatever one library stumbles over, the next may read
+            causes.append(f"{name}: {error}".rstrip(". "))
+            cause = error
+    raise NotASlide(f"{uri} is not a slide that can be read ({'; '.join(causes)}).") from cause
 
 
-def _tiff(uri: str, path: Path, mpp: float | None) -> SlideReader:
+def _openers(path: Path) -> list[tuple[str, Opener]]:
+    """Return the readers that may open a path, the best first. Raises what `check_file` does."""
+    if path.is_dir() and is_zarr(path):
+        return [("zarr", _omezarr)]
+    if path.is_dir() and _of_dicom(path):
+        return [("openslide", _openslide)]
+    kind = check_file(path)
+    if kind == "tiff":
+        return [("tiffslide", _tiff), ("openslide", _openslide), ("tifffile", _image)]
+    if kind == "zip":
+        return [("zarr", _omezarr)]
+    if kind in ("png", "jpeg") and not (path.with_suffix("") / "Slidedat.ini").exists():
+        return [("image", _image)]
+    return [("openslide", _openslide)]
+
+
+def is_zarr(folder: Path) -> bool:
+    """Return whether a folder is the root of a Zarr group."""
+    return any((folder / name).is_file() for name in ZARR_METADATA)
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file begins as DICOM files do."""
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _of_dicom(folder: Path) -> bool:
+    """Return whether a folder holds DICOM files and, hidden ones apart, nothing else."""
+    seen = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return bool(seen) and all(path.is_file() and is_dicom(path) for path in seen)
+
+
+def _tiff(uri: str, path: Path, mpp: float | None, modality: str | None) -> SlideReader:
     from slideflow_ray.slides.tiff import TiffReader
 
-    return TiffReader(uri, path, mpp)
+    return TiffReader(uri, path, mpp, modality)
 
 
-def _openslide(uri: str, path: Path, mpp: float | None, why: str) -> SlideReader:
+def _openslide(uri: str, path: Path, mpp: float | None, modality: str | None) -> SlideReader:
     from slideflow_ray.slides.openslide import OpenSlideReader
 
-    try:
-        return OpenSlideReader(uri, path, mpp)
-    except (SlideError, MemoryError):
-        raise
-    except Exception as error:
-        raise NotASlide(f"{uri} is not a slide that can be read ({why}openslide: {error}).") from error
+    return OpenSlideReader(uri, path, mpp, modality)
+
+
+def _omezarr(uri: str, path: Path, mpp: float | None, modality: str | None) -> SlideReader:
+    from slideflow_ray.slides.omezarr import OmeZarrReader
+
+    return OmeZarrReader(uri, path, mpp, modality)
+
+
+def _image(uri: str, path: Path, mpp: float | None, modality: str | None) -> SlideReader:
+    from slideflow_ray.slides.image import ImageReader
+
+    return ImageReader(uri, path, mpp, modality)

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Protocol, Self
+from typing import Literal, NoReturn, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,48 @@ WHITE = 255
 """What lies beyond the edge of a slide, and where a tile was never scanned."""
 
 FILE_MPP = (0.01, 32.0)
-"""um per pixel that a file's own header may claim: 72, 96, 150 and 300 dpi are 353, 265, 169 and 85."""
+"""um per pixel that a header may claim of an unknown modality: 72, 150, 300 and 600 dpi are 353, 169, 85, 42."""
 
-GIVEN_MPP = (1e-4, 1e4)
-"""um per pixel that a user may state: electron micrographs to MRI."""
+GIVEN_MPP = (1e-5, 2e4)
+"""um per pixel that a user may state where the modality is not known: electron micrographs to MRI."""
+
+LIGHT_MPP = (0.05, 32.0)
+"""Light microscopy: an oil objective of 100x makes 0.05 or more, overviews of a whole slide up to 30."""
+
+MODALITY_MPP = {
+    **dict.fromkeys(("he", "pas", "silver", "ihc"), LIGHT_MPP),
+    "tem": (1e-5, 1.0),  # 0.01 nm to survey pictures at 100x
+    "mri": (50.0, 2e4),  # 0.05 mm (ex vivo) to 20 mm
+}
+"""um per pixel that is credible, whoever says so, by modality."""
+
+OBJECTIVE_UM = 10.0
+"""um per pixel times objective power: scanners called 20x make about 0.5, those called 40x about 0.25."""
+
+POWERS = (1.0, 150.0)
+
+UM_OF = {
+    **dict.fromkeys(("angstrom", "\u00c5"), 1e-4),
+    **dict.fromkeys(("picometer", "pm"), 1e-6),
+    **dict.fromkeys(("nanometer", "nm"), 1e-3),
+    **dict.fromkeys(("micrometer", "micron", "um"), 1.0),
+    **dict.fromkeys(("millimeter", "mm"), 1e3),
+    **dict.fromkeys(("centimeter", "cm"), 1e4),
+    **dict.fromkeys(("meter", "m"), 1e6),
+    **dict.fromkeys(("inch", "in"), 25400.0),
+}
+"""um per unit of length, by the names that OME-Zarr and OME-XML use."""
+
+MppSource = Literal["cohort", "file", "objective"]
+"""Who said what a pixel measures: the user, the file, or (a guess) the objective that the file names."""
+
+Kind = Literal["tiff", "zip", "png", "jpeg", "other"]
+MAGIC: dict[bytes, Kind] = {
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "tiff"),
+    b"PK\3\4": "zip",
+    b"\x89PNG": "png",
+    b"\xff\xd8\xff": "jpeg",
+}
 
 MAX_SIDE_PX = 1_000_000
 MAX_PIXELS = 4 * 10**11
@@ -44,6 +82,7 @@ class SlideReader(Protocol):
     uri: str
     size_px0: tuple[int, int]
     mpp0: float
+    mpp_source: MppSource
     levels: tuple[Level, ...]
 
     def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
@@ -85,8 +124,8 @@ class Opened:
         raise TypeError("a slide is opened inside the worker that reads it; send its uri instead")
 
 
-def check_file(path: Path) -> bool:
-    """Return whether the file is a TIFF, after refusing what no library could read.
+def check_file(path: Path) -> Kind:
+    """Return what a file's first bytes say it is, after refusing what no library could read.
 
     Raises SlideNotFound, NotASlide (a folder, an empty file, a git-LFS pointer) and
     TruncatedSlide (a TIFF whose directories point beyond its end).
@@ -94,7 +133,7 @@ def check_file(path: Path) -> bool:
     if not path.exists():
         raise SlideNotFound(f"There is no {path}.")
     if path.is_dir():
-        raise NotASlide(f"{path} is a folder; name a file in it.")
+        raise NotASlide(f"{path} is a folder, neither an OME-Zarr nor of one DICOM series only; name a file in it.")
     try:
         with path.open("rb") as file:
             head, size = file.read(64), path.stat().st_size
@@ -106,12 +145,16 @@ def check_file(path: Path) -> bool:
         raise NotASlide(
             f"{path} is a git-LFS pointer, not the slide itself.", next_step="Run `git lfs pull` and run again."
         )
-    if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return False
+    kind: Kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), "other")
+    if kind == "tiff":
+        _check_directories(path, size)
+    return kind
+
+
+def _check_directories(path: Path, size: int) -> None:
     for offset, end in _directories(path):
         if end > size:
             raise TruncatedSlide(f"{path} has {size:,} bytes, but a directory of it stands at byte {offset:,}.")
-    return True
 
 
 def _directories(path: Path) -> Iterator[tuple[int, int]]:
@@ -147,20 +190,41 @@ def check_size(uri: str, size_px0: tuple[int, int], file_bytes: int) -> None:
         raise BadDimensions(f"{uri} claims {w:,} x {h:,} pixels in a file of {file_bytes:,} bytes.")
 
 
-def checked_mpp(uri: str, given: float | None, found: tuple[object, object]) -> float:
-    """Return um per pixel of level 0: the `given` one, else the mean of what the file says for x and y.
+def checked_mpp(
+    uri: str,
+    given: float | None,
+    found: tuple[object, object],
+    *,
+    objective: object = None,
+    modality: str | None = None,
+) -> tuple[float, MppSource]:
+    """Return um per pixel of level 0, and who says so.
 
-    Raises NoMpp, or BadMpp for what cannot be true: not positive, outside the range
-    of slides (the 72 dpi default tag is 352.8 um/px), x and y more than 5 % apart.
+    In this order: the `given` one; the mean of what the file says for x and y; 10 over
+    the power of the `objective` that the file names, which is a guess. Raises NoMpp, or
+    BadMpp for what cannot be true: not positive, outside what the modality allows
+    (MODALITY_MPP; the 72 dpi default tag is 352.8 um/px), x and y more than 5 % apart.
     """
     if given is not None:
-        return _credible(uri, "the given mpp", float(given), GIVEN_MPP)
-    if found[0] is None or found[1] is None:
+        return _credible(uri, "the given mpp", float(given), modality, GIVEN_MPP), "cohort"
+    if found[0] is not None and found[1] is not None:
+        x, y = (_credible(uri, "the file's mpp", _number(uri, value), modality, FILE_MPP) for value in found)
+        if abs(x - y) > 0.05 * min(x, y):
+            raise BadMpp(f"{uri} says {x:g} um per pixel along x but {y:g} along y.")
+        return (x if x == y else (x + y) / 2), "file"
+    power = _power(objective)
+    if power is None:
         raise NoMpp(f"{uri} does not say how many um a pixel has.")
-    x, y = (_credible(uri, "the file's mpp", _number(uri, value), FILE_MPP) for value in found)
-    if abs(x - y) > 0.05 * min(x, y):
-        raise BadMpp(f"{uri} says {x:g} um per pixel along x but {y:g} along y.")
-    return x if x == y else (x + y) / 2
+    return _credible(uri, f"the guess from its {power:g}x", OBJECTIVE_UM / power, modality, FILE_MPP), "objective"
+
+
+def _power(objective: object) -> float | None:
+    """Return the power that a header names ("20", 40, "20x"), or None where it names none."""
+    try:
+        power = float(str(objective).strip().rstrip("xX"))
+    except ValueError:
+        return None
+    return power if POWERS[0] <= power <= POWERS[1] else None
 
 
 def _number(uri: str, value: object) -> float:
@@ -170,12 +234,22 @@ def _number(uri: str, value: object) -> float:
         raise BadMpp(f"{uri} says {value!r} um per pixel.") from error
 
 
-def _credible(uri: str, what: str, mpp: float, limits: tuple[float, float]) -> float:
-    low, high = limits
+def _credible(uri: str, what: str, mpp: float, modality: str | None, otherwise: tuple[float, float]) -> float:
+    low, high = MODALITY_MPP.get(modality or "", otherwise)
     if not math.isfinite(mpp) or not low <= mpp <= high:
         hint = " (a default tag of 72 dpi)" if abs(mpp - 25400 / 72) < 0.5 else ""
-        raise BadMpp(f"{uri}: {what} is {mpp:g}{hint}; between {low:g} and {high:g} um per pixel would do.")
+        whose = f" for modality {modality!r}" if modality in MODALITY_MPP else ""
+        raise BadMpp(f"{uri}: {what} is {mpp:g}{hint}; between {low:g} and {high:g} um per pixel would do{whose}.")
     return mpp
+
+
+def um_of(unit: str) -> float | None:
+    """Return how many um one `unit` is (OME's names and symbols), or None for what is no length.
+
+    >>> um_of("nanometer"), um_of("\u00b5m"), um_of("pixel")
+    (0.001, 1.0, None)
+    """
+    return UM_OF.get(unit.strip().replace("\u00b5", "u").replace("\u03bc", "u"))
 
 
 def pyramid(sizes: Sequence[tuple[int, int]]) -> dict[int, Level]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import openslide
 
-from slideflow_ray.errors import ReadError
+from slideflow_ray.errors import NotASlide, ReadError
 from slideflow_ray.geometry import Level
 from slideflow_ray.slides.base import (
     WHITE,
@@ -43,23 +44,24 @@ class OpenSlideReader(Opened):
 
     name = "openslide"
 
-    def __init__(self, uri: str, path: Path, mpp: float | None) -> None:
+    def __init__(self, uri: str, path: Path, mpp: float | None, modality: str | None = None) -> None:
         self.uri = uri
-        self._path = path
+        self._path = _one_of_series(path) if path.is_dir() else path
         self._closed = False
-        self._slide = openslide.OpenSlide(str(path))
+        self._slide = openslide.OpenSlide(str(self._path))
         try:
-            self._open(mpp)
+            self._open(mpp, modality)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, mpp: float | None) -> None:
+    def _open(self, mpp: float | None, modality: str | None) -> None:
         found = self._slide.properties
         self.size_px0: tuple[int, int] = self._slide.dimensions
         check_size(self.uri, self.size_px0, file_size(self._path))
         ends = (found.get(openslide.PROPERTY_NAME_MPP_X), found.get(openslide.PROPERTY_NAME_MPP_Y))
-        self.mpp0 = checked_mpp(self.uri, mpp, ends)
+        power = found.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
+        self.mpp0, self.mpp_source = checked_mpp(self.uri, mpp, ends, objective=power, modality=modality)
         kept = pyramid(self._slide.level_dimensions)
         self.levels: tuple[Level, ...] = tuple(kept.values())
         self._index = tuple(kept)
@@ -113,6 +115,29 @@ class OpenSlideReader(Opened):
         if not self._closed:
             self._closed = True
             self._slide.close()
+
+
+def dicom_series(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Return the DICOM slides among `paths`, by series, the largest file first; what OpenSlide cannot open is left out.
+
+    OpenSlide opens a series (its levels, label and overview) by any one of its files.
+    """
+    series: dict[str, list[Path]] = {}
+    for path in sorted(paths, key=lambda p: (-p.stat().st_size, p.name)):
+        try:
+            with openslide.OpenSlide(str(path)) as slide:
+                series.setdefault(slide.properties.get("dicom.SeriesInstanceUID", path.name), []).append(path)
+        except openslide.OpenSlideError:
+            continue
+    return series
+
+
+def _one_of_series(folder: Path) -> Path:
+    """Return a file of the one series in `folder`. Raises NotASlide where there is none or there are several."""
+    series = dicom_series(path for path in folder.iterdir() if path.is_file())
+    if len(series) != 1:
+        raise NotASlide(f"{folder} holds {len(series)} DICOM series of slides; name a file of the one that is meant.")
+    return next(iter(series.values()))[0]
 
 
 def quiet_start(start: int, downsample: float) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from slideflow_ray.slides.base import (
     inside,
     on_white,
     pyramid,
+    um_of,
 )
 
 ELSEWHERE = ("is_ndpi", "is_bif", "is_scn", "is_philips")
@@ -50,17 +52,17 @@ class TiffReader(Opened):
 
     name = "tiffslide"
 
-    def __init__(self, uri: str, path: Path, mpp: float | None) -> None:
+    def __init__(self, uri: str, path: Path, mpp: float | None, modality: str | None = None) -> None:
         self.uri = uri
         self._slide = TiffSlide(str(path))
         self._file = -1
         try:
-            self._open(path, mpp)
+            self._open(path, mpp, modality)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, path: Path, mpp: float | None) -> None:
+    def _open(self, path: Path, mpp: float | None, modality: str | None) -> None:
         tiff = self._slide.ts_tifffile
         if any(getattr(tiff, name) for name in ELSEWHERE):
             raise Unsupported("its format is only partly known to tiffslide")
@@ -68,7 +70,9 @@ class TiffReader(Opened):
         file_bytes = path.stat().st_size
         self.size_px0: tuple[int, int] = self._slide.dimensions
         check_size(self.uri, self.size_px0, file_bytes)
-        self.mpp0 = checked_mpp(self.uri, mpp, (found.get("tiffslide.mpp-x"), found.get("tiffslide.mpp-y")))
+        ends = _ome_mpp(tiff.ome_metadata or "") or (found.get("tiffslide.mpp-x"), found.get("tiffslide.mpp-y"))
+        power = found.get("tiffslide.objective-power")
+        self.mpp0, self.mpp_source = checked_mpp(self.uri, mpp, ends, objective=power, modality=modality)
         series = tiff.series[found["tiffslide.series-index"]]
         kept = pyramid(self._slide.level_dimensions)
         self.levels: tuple[Level, ...] = tuple(kept.values())
@@ -148,6 +152,23 @@ class _Page:
             raise EOFError(f"native tile {index} has {len(data)} of {count} bytes")
         tile = self._decode(data, index, jpegtables=self._tables)[0][0]
         return on_white(tile) if tile.shape[2] == 4 else tile
+
+
+def _ome_mpp(xml: str) -> tuple[float, float] | None:
+    """Return um per pixel along x and y by OME-XML's first image, or None; tiffslide reads the TIFF's tags only.
+
+    The attributes are taken from the text of one tag, so no XML parser meets a stranger's file.
+    """
+    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", xml)
+    found = dict(re.findall(r'\b(PhysicalSize[XY](?:Unit)?)="([^"]*)"', pixels[0])) if pixels else {}
+    if not {"PhysicalSizeX", "PhysicalSizeY"} <= set(found):
+        return None
+    units = [um_of(found.get(f"PhysicalSize{axis}Unit", "um")) for axis in "XY"]
+    try:
+        x, y = (float(found[f"PhysicalSize{a}"]) * (u or math.nan) for a, u in zip("XY", units, strict=True))
+    except ValueError:
+        return None
+    return x, y
 
 
 def _check_pixels(frame: Any) -> None:

@@ -1,0 +1,228 @@
+"""Plain PNG, JPEG and TIFF images of 8 or 16 bit as slides of one level.
+
+The picture is decoded whole, at the first read, so its size is checked in the header
+before. 16-bit pixels become 8-bit through one linear window over all channels, from
+the 0.5th to the 99.5th percentile (`ImageReader.window`): what a camera's 12 bits in a
+16-bit file need, and it depends on nothing but the file. Alpha is laid on white. The
+orientation that EXIF asks for is ignored: coordinates are those of the stored pixels.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from slideflow_ray.errors import BadDimensions, NotASlide, ReadError
+from slideflow_ray.geometry import Level
+from slideflow_ray.slides.base import (
+    WHITE,
+    Kind,
+    Opened,
+    Pixels,
+    check_file,
+    check_size,
+    checked_mpp,
+    describe,
+    inside,
+    on_white,
+)
+
+MAX_IMAGE_PIXELS = 89_000_000
+"""9,400 x 9,400: 270 MB as RGB. Pillow warns of a decompression bomb from 89.5 million pixels on."""
+
+WINDOW = (0.5, 99.5)
+"""Percentiles of 16-bit pixels that become 0 and 255."""
+
+JPEG_SIZE = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of a JPEG after which its size stands."""
+
+Raw = npt.NDArray[Any]
+
+
+class ImageReader(Opened):
+    """A SlideReader over one plain image."""
+
+    name = "image"
+
+    def __init__(self, uri: str, path: Path, mpp: float | None, modality: str | None = None) -> None:
+        self.uri = uri
+        self._path = path
+        self._kind = check_file(path)
+        self._pixels: Pixels | None = None
+        self._window: tuple[float, float] | None = None
+        self._closed = False
+        self.size_px0, found = _header(uri, path, self._kind)
+        check_size(uri, self.size_px0, path.stat().st_size)
+        self.mpp0, self.mpp_source = checked_mpp(uri, mpp, found, modality=modality)
+        self.levels: tuple[Level, ...] = (Level(self.size_px0, (1.0, 1.0)),)
+
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """The 16-bit values that became 0 and 255, or None for an image of 8 bit. Raises ReadError."""
+        self.read(0, (0, 0), self.size_px0)
+        return self._window
+
+    def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
+        """Return a box of the image; see SlideReader.read."""
+        out: Pixels = np.full((size[1], size[0], 3), WHITE, np.uint8)
+        box = inside(self.levels[level].size, xy, size)
+        if box[2] <= box[0] or box[3] <= box[1]:
+            return out
+        try:
+            whole = self._decoded()
+        except MemoryError:
+            raise
+        except Exception as error:  # codecs raise anything; the cause goes into ours
+            text = f"{describe(self.uri, level, xy, size)}: {type(error).__name__}: {error}."
+            raise ReadError(text) from error
+        out[box[1] - xy[1] : box[3] - xy[1], box[0] - xy[0] : box[2] - xy[0]] = whole[box[1] : box[3], box[0] : box[2]]
+        return out
+
+    def _decoded(self) -> Pixels:
+        if self._closed:
+            raise ValueError("the slide is closed")
+        if self._pixels is None:
+            raw = _tiff_pixels(self._path) if self._kind == "tiff" else _pillow_pixels(self._path, self._kind)
+            if raw.shape[1::-1] != self.size_px0:
+                raise ValueError(f"it decodes to {raw.shape[1]} x {raw.shape[0]} pixels")
+            self._pixels, self._window = eight_bit(raw)
+        return self._pixels
+
+    def close(self) -> None:
+        """Let the pixels go; reading afterwards raises ReadError."""
+        self._closed = True
+        self._pixels = None
+
+
+def eight_bit(raw: Raw) -> tuple[Pixels, tuple[float, float] | None]:
+    """Return RGB pixels, uint8 (h, w, 3), of uint8 or uint16 ones, (h, w) or (h, w, 1 to 4), and their window.
+
+    Two and four channels end in alpha, which the window leaves alone.
+    """
+    raw = raw[..., None] if raw.ndim == 2 else raw
+    colour = raw.shape[2] - (raw.shape[2] in (2, 4))
+    pixels, alpha, window = raw[..., :colour], raw[..., colour:], None
+    if raw.dtype == np.uint16:
+        low, high = (float(v) for v in _percentiles(pixels))
+        window = (low, max(high, low + 1))
+        table = np.clip((np.arange(65536) - window[0]) / (window[1] - window[0]), 0, 1)
+        pixels, alpha = np.rint(table * 255).astype(np.uint8)[pixels], (alpha >> 8).astype(np.uint8)
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3)) if colour == 1 else pixels
+    if alpha.shape[2]:
+        pixels = on_white(np.concatenate([pixels, alpha], axis=2))
+    return np.ascontiguousarray(pixels, np.uint8), window
+
+
+def _percentiles(pixels: Raw) -> tuple[int, int]:
+    """Return the values at WINDOW's percentiles: the smallest below or at which that share of the pixels lies."""
+    below = np.cumsum(np.bincount(pixels.ravel(), minlength=65536))
+    low, high = (int(np.searchsorted(below, below[-1] * share / 100)) for share in WINDOW)
+    return low, high
+
+
+# headers
+
+
+def _header(uri: str, path: Path, kind: Kind) -> tuple[tuple[int, int], tuple[object, object]]:
+    """Return an image's size and its um per pixel along x and y (None where it does not say); decodes nothing."""
+    if kind == "tiff":
+        return _tiff_header(uri, path)
+    size = _png_size(path) if kind == "png" else _jpeg_size(path)
+    if size is None:
+        raise NotASlide(f"{uri} begins as a {kind.upper()} file, but has no header.")
+    _check_plain(uri, size)
+    with Image.open(path, formats=("PNG", "JPEG")) as image:
+        dpi = image.info.get("dpi")
+    if not isinstance(dpi, tuple) or not all(value > 0 for value in dpi):
+        return size, (None, None)
+    return size, (25400 / float(dpi[0]), 25400 / float(dpi[1]))
+
+
+def _check_plain(uri: str, size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_IMAGE_PIXELS:
+        raise BadDimensions(
+            f"{uri} is a plain image of {size[0]:,} x {size[1]:,} pixels; at most {MAX_IMAGE_PIXELS:,} are decoded.",
+            next_step="Convert it to a tiled, pyramidal TIFF (vips tiffsave --tile --pyramid), or drop its row.",
+        )
+
+
+def _png_size(path: Path) -> tuple[int, int] | None:
+    with path.open("rb") as file:
+        head = file.read(24)
+    return struct.unpack(">II", head[16:24]) if len(head) == 24 and head[12:16] == b"IHDR" else None
+
+
+def _jpeg_size(path: Path) -> tuple[int, int] | None:
+    """Return the size that a JPEG's frame header says, walking its segments."""
+    with path.open("rb") as file:
+        file.seek(2)
+        while len(head := file.read(4)) == 4 and head[0] == 0xFF:
+            if head[1] in JPEG_SIZE:
+                body = file.read(5)
+                return (struct.unpack(">HH", body[1:5])[1], struct.unpack(">HH", body[1:5])[0]) if body[4:] else None
+            if head[1] == 0xFF:  # padding
+                file.seek(-3, 1)
+                continue
+            file.seek(struct.unpack(">H", head[2:4])[0] - 2, 1)
+    return None
+
+
+def _tiff_header(uri: str, path: Path) -> tuple[tuple[int, int], tuple[object, object]]:
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        series, page = file.series[0], _first(file)
+        size = (int(page.imagewidth), int(page.imagelength))
+        check_size(uri, size, path.stat().st_size)
+        _check_plain(uri, size)
+        if page.dtype not in (np.uint8, np.uint16) or page.samplesperpixel > 4:
+            raise NotASlide(
+                f"{uri} has {page.samplesperpixel} channels of {page.dtype}; 1 to 4 of 8 or 16 bit would do."
+            )
+        if len(series.pages) > 1 or page.imagedepth > 1:
+            raise NotASlide(f"{uri} is a stack of {len(series.pages)} pages; one image would do.")
+        unit = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}.get(int(page.tags.valueof("ResolutionUnit", 2)))
+        ends = [page.tags.valueof(name) for name in ("XResolution", "YResolution")]
+    if unit is None or any(not end or not end[0] for end in ends):
+        return size, (None, None)
+    return size, (unit * ends[0][1] / ends[0][0], unit * ends[1][1] / ends[1][0])
+
+
+# pixels
+
+
+def _first(file: Any) -> Any:
+    return file.pages[0]
+
+
+def _pillow_pixels(path: Path, kind: Kind) -> Raw:
+    """Return PNG or JPEG pixels: 16 bit by imagecodecs (Pillow cuts colour to 8), the rest by Pillow."""
+    if kind == "png" and (data := path.read_bytes())[24:25] == b"\x10":
+        import imagecodecs
+
+        return np.asarray(imagecodecs.png_decode(data))
+    with Image.open(path, formats=("PNG", "JPEG")) as image:
+        clear = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+        return np.asarray(image.convert("RGBA" if clear else "RGB"))
+
+
+def _tiff_pixels(path: Path) -> Raw:
+    """Return the first page's pixels, (h, w) or (h, w, channels), palettes and inverted greys resolved."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        page = _first(file)
+        raw = np.asarray(page.asarray())
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+            palette: Raw = np.moveaxis(np.asarray(page.colormap), 0, -1) >> 8
+            return palette.astype(np.uint8)[raw]
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            raw = np.iinfo(raw.dtype).max - raw
+        if page.samplesperpixel > 1 and int(page.planarconfig) == 2:
+            raw = np.moveaxis(raw, 0, -1)
+    return raw
