@@ -50,6 +50,14 @@ def test_wrong_words_end_with_2_and_one_clear_line(capsys, arguments, said):
     assert out == ""
 
 
+def test_a_dead_address_ends_with_4_in_one_line(capsys, marked, bundles, tmp_path):
+    words = ["run", str(marked / "c.tif"), "-m", str(bundles["aligned"]), "-o", str(tmp_path / "out")]
+    code, _, err = call(capsys, *words, "--executor", "ray", "--address", "127.0.0.1:1")
+    assert code == 4
+    assert "E_INFRA: No Ray at 127.0.0.1:1" in err
+    assert "Traceback" not in err
+
+
 def test_one_slide_is_scored_verified_and_found_done(capsys, marked, bundles, tmp_path):
     slide, out = str(marked / "c.tif"), str(tmp_path / "out")
     words = ["run", slide, "-m", str(bundles["aligned"]), "-o", out, "--workers", "1", "--min-tissue", "0"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import stat
 import threading
 from collections import deque
@@ -32,6 +33,7 @@ AHEAD = 2
 """Tasks in flight for each scorer beyond the one it scores: what it reads ahead."""
 MAX_STARTS_PER_WORKER = 8
 START_TIMEOUT_S = 300
+CONNECT_TIMEOUT_S = 10
 _NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}}
 
 
@@ -321,6 +323,7 @@ def connect(spec: ExecutorSpec) -> bool:
     if ray.is_initialized():
         return False
     address = spec.address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_reachable(address)
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
     if address == "local":
         options |= {"include_dashboard": False, "num_cpus": spec.workers or None}
@@ -330,6 +333,19 @@ def connect(spec: ExecutorSpec) -> bool:
         raise InfrastructureError(f"No Ray at {address}: {error}") from error
     _protect_token()
     return True
+
+
+def _check_reachable(address: str) -> None:
+    """Say within seconds that nobody listens, where Ray would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise InfrastructureError(
+            f"No Ray at {address}: {error}.", next_step="Check --address (or RAY_ADDRESS) and that the cluster is up."
+        ) from error
 
 
 def _protect_token() -> None:
