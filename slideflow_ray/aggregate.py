@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from dask.delayed import delayed
 
+from slideflow_ray.errors import SlideflowError
 from slideflow_ray.geometry import scale_of
 from slideflow_ray.metrics import Confusion, Counts, Sparse
 from slideflow_ray.store import SlideStore
@@ -128,14 +129,25 @@ def _getter(scheduler: Scheduler) -> Iterator[Any]:
 # heatmaps
 
 
-def write_heatmaps(out: str, work: Sequence[tuple[str, str, str]], scheduler: Scheduler = "threads") -> int:
-    """Write and commit a heatmap for each (slide_id, grid, model) that has none; return how many were written."""
+def write_heatmaps(
+    out: str, work: Sequence[tuple[str, str, str]], scheduler: Scheduler = "threads"
+) -> dict[str, SlideflowError]:
+    """Write and commit a heatmap for each (slide_id, grid, model) that has none; return the slides that failed."""
     parts = [Part(out, *names) for names in work]
-    return over_slides(write_heatmap, parts, _sum, scheduler)
+    return over_slides(_try_heatmap, parts, _united, scheduler)
 
 
-def _sum(numbers: Sequence[int]) -> int:
-    return sum(numbers)
+def _try_heatmap(part: Part) -> dict[str, SlideflowError]:
+    """One slide that cannot be read must not withhold the others' results."""
+    try:
+        write_heatmap(part)
+    except SlideflowError as error:
+        return {part.slide_id: error}
+    return {}
+
+
+def _united(several: Sequence[dict[str, SlideflowError]]) -> dict[str, SlideflowError]:
+    return {slide: error for errors in several for slide, error in errors.items()}
 
 
 def write_heatmap(part: Part) -> int:

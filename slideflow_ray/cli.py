@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -311,11 +312,13 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(end.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _leave(EXIT_INTERRUPTED)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever nobody planned for ends with its own code
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # the command line's own usage errors
             error.show()
             sys.exit(EXIT_CONFIG)
-        raise
+        traceback.print_exc()
+        typer.echo("E_BUG: this should not happen. Next: please report it with the lines above.", err=True)
+        sys.exit(EXIT_BUG)
 
 
 def _leave(code: int) -> NoReturn:

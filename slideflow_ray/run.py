@@ -9,11 +9,12 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slideflow_ray import execute, storage
-from slideflow_ray.accounting import Ended, RunResult, forget_failure, note_failure, refused_before, write_run
+from slideflow_ray.accounting import Ended, RunResult, failed, forget_failure, note_failure, refused_before, write_run
 from slideflow_ray.cohort import Item, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import Listener, RunFinished, RunStarted, silent
@@ -94,10 +95,10 @@ def run(
     started = time.monotonic()
     items, out = _checked(spec, items)
     with lease(out):
-        before = {} if retry else refused_before(out, items)
+        before = {} if retry else refused_before(out, items, wanted(spec))
         graph, context = _work(spec, items, listen, before)
         result = RunResult(tuple(graph.ended[i.slide_id] for i in items), graph.changed, time.monotonic() - started)
-        _write_heatmaps(spec, context, result)
+        result = _write_heatmaps(spec, items, context, result)
         write_run(out, spec, items, context, result)
     listen(RunFinished(**result.counts, seconds=result.seconds))
     return result
@@ -126,7 +127,7 @@ def _work(spec: RunSpec, items: Sequence[Item], listen: Listener, before: dict[s
         context = Context(spec.out, models, spec.tissue, spec.store, spec.tile, profile)
         write_run(out, spec, items, context, None)
         by_id = {item.slide_id: item for item in items}
-        graph = RunGraph(items, before, listen, lambda ended: _note(out, by_id[ended.slide_id], ended))
+        graph = RunGraph(items, before, listen, lambda ended: _note(spec, by_id[ended.slide_id], ended))
         names = tuple(model.name for model in models)
         listen(RunStarted(len(items), names, spec.executor.kind, pool.workers))
         pool.load(context)
@@ -136,21 +137,34 @@ def _work(spec: RunSpec, items: Sequence[Item], listen: Listener, before: dict[s
     return graph, context
 
 
-def _note(out: Path, item: Item, ended: Ended) -> None:
+def wanted(spec: RunSpec) -> str:
+    """Return a digest of what a run wants of its slides: which tiles, for which of them."""
+    tiles = [[tile_spec(spec, card).model_dump(), model.where] for model, card, _ in load_models(spec)]
+    return digest([tiles, [tile.model_dump() for tile in spec.tile], spec.tissue.model_dump()])
+
+
+def _note(spec: RunSpec, item: Item, ended: Ended) -> None:
+    out = Path(spec.out)
     if ended.status == "done":
         forget_failure(out, item.slide_id)
     else:
-        note_failure(out, item, ended)
+        note_failure(out, item, ended, wanted(spec))
 
 
-def _write_heatmaps(spec: RunSpec, context: Context, result: RunResult) -> None:
+def _write_heatmaps(spec: RunSpec, items: Sequence[Item], context: Context, result: RunResult) -> RunResult:
+    """Write the heatmaps of what is done; a slide whose stored scores cannot be read fails alone."""
     if not context.models:
-        return
+        return result
     from slideflow_ray.aggregate import write_heatmaps
 
     done = (e for e in result.ended if e.status == "done" and e.tiles)
     work = [(e.slide_id, grid, model) for e in done for grid, model in e.grids]
-    write_heatmaps(context.out, work, scheduler=spec.dask)
+    errors = write_heatmaps(context.out, work, scheduler=spec.dask)
+    ended = tuple(failed(e.slide_id, errors[e.slide_id]) if e.slide_id in errors else e for e in result.ended)
+    for item, e in zip(items, ended, strict=True):
+        if e.slide_id in errors:
+            _note(spec, item, e)
+    return replace(result, ended=ended)
 
 
 # the cost of a run

@@ -102,8 +102,20 @@ class SlideStore:
             group.attrs.put(dict(attributes))
 
     def node_attrs(self, node: str) -> dict[str, Any]:
-        """Return the attributes of a group or an array."""
-        return dict(zarr.open(self.root, path=node, mode="r").attrs)
+        """Return the attributes of a group or an array. Raises StoreError, or CorruptStore when it was committed."""
+        try:
+            return dict(zarr.open(self.root, path=node, mode="r").attrs)
+        except FileNotFoundError as error:
+            raise self._missing(node) from error
+
+    def _missing(self, node: str) -> StoreError:
+        above = ["/".join(node.split("/")[:n]) for n in range(1, node.count("/") + 2)]
+        if any(self._commit_path(part).exists() for part in above):
+            return CorruptStore(
+                f"{self.slide_id}: {node} is committed and is gone.",
+                next_step=f"Delete {self.commits} and {self.root}, then run again: the slide is done anew.",
+            )
+        return StoreError(f"{self.slide_id}: there is no node {node}.")
 
     # arrays
 
@@ -166,7 +178,7 @@ class SlideStore:
             b = self._rows_of(array)
             return np.asarray(array[:] if chunk is None else array[chunk * b : (chunk + 1) * b])
         except FileNotFoundError as error:
-            raise StoreError(f"{self.slide_id}: there is no node {node}.") from error
+            raise self._missing(node) from error
         except (ValueError, RuntimeError, zarr.errors.ChunkNotFoundError) as error:
             raise CorruptStore(f"{self.slide_id}: {node} cannot be read: {error}") from error
 
@@ -256,9 +268,13 @@ def stores(out: str | Path) -> list[SlideStore]:
 
 
 def verify(out: str | Path) -> tuple[int, list[str]]:
-    """Compare every committed node below `out` with the disk; return how many nodes, and what is wrong."""
+    """Compare every committed node below `out` with the disk; return how many nodes, and what is wrong.
+
+    Commits are what is walked, so a store that is gone altogether is noticed too.
+    """
     nodes, wrong = 0, []
-    for store in stores(out):
+    for folder in sorted(path for path in (Path(out) / "commits").glob("*") if path.is_dir()):
+        store = SlideStore(out, folder.name)
         for node in store.nodes(""):
             nodes += 1
             wrong += store.verify(node)

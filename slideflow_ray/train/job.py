@@ -65,17 +65,20 @@ def train(job: TrainJob, listen: Listener = silent) -> TrainResult:
     items = [item for item in read_cohort(job.cohort) if item.split in ("train", "val")]
     if not any(item.split == "train" for item in items):
         raise ConfigError(f"{job.cohort} has no rows with split = train.")
-    card = BundleCard(
-        name=Path(job.out).name,
-        task="classify",
-        architecture=job.fit.architecture,
-        arguments=job.fit.arguments,
-        classes=job.classes,
-        tile_px=job.tile.tile_px,
-        mpp=job.tile.mpp,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        description=f"trained on {Path(job.cohort).name}",
+    card = BundleCard.parse(
+        {
+            "name": Path(job.out).name,
+            "task": "classify",
+            "architecture": job.fit.architecture,
+            "arguments": job.fit.arguments,
+            "classes": job.classes,
+            "tile_px": job.tile.tile_px,
+            "mpp": job.tile.mpp,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "description": f"trained on {Path(job.cohort).name}",
+        },
+        "the bundle to be written",
     )
     context, result = _tile(job, items, listen)
     check_splits(items, {ended.slide_id: ended.identity for ended in result.ended})
