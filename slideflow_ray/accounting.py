@@ -159,7 +159,7 @@ def read_run(out: Path) -> dict[str, Any]:
 def status(out: Path) -> dict[str, Any]:
     """Return how many items have ended how so far, in a run that goes on or is over."""
     record = read_run(out)
-    notes = [storage.read_json(path) for path in sorted((out / "failures").glob("*.json"))]
+    notes = [storage.read_json(_note(out, item["slide_id"])) for item in record["items"]]
     failures = [note["ended"] for note in notes if note]
     by_status = Counter(failure["status"] for failure in failures)
     if record["finished"]:
@@ -167,7 +167,7 @@ def status(out: Path) -> dict[str, Any]:
     else:
         done = sum(_is_done(out, item, record) for item in record["items"])
     return {
-        "running": "running" if held(out) else "finished" if record["finished"] else "interrupted",
+        "state": "running" if held(out) else "finished" if record["finished"] else "interrupted",
         "slides": len(record["items"]),
         "done": done,
         "failed": by_status["failed"],

@@ -112,7 +112,7 @@ def _beat(path: Path, owner: str, stop: threading.Event) -> None:
 
 def sweep(out: Path) -> int:
     """Delete the ``*.partial`` files that killed writers left; only the lease's holder may. Return how many."""
-    found = [p for folder in ("slides", "commits") for p in (out / folder).rglob("*.partial")]
+    found = [p for folder in ("slides", "commits") for p in (out / folder).rglob("*.partial") if p.is_file()]
     for path in found:
         path.unlink(missing_ok=True)
     return len(found)

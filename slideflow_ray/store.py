@@ -80,7 +80,10 @@ class SlideStore:
     def describe(self, attributes: Mapping[str, Any]) -> None:
         """Write what the slide is (schema, slide_id, uri, identity, size_px0, mpp0, levels, reader)."""
         wanted = {"schema": SCHEMA, "slide_id": self.slide_id, **attributes}
-        group = zarr.open_group(self.root, mode="a")
+        try:
+            group = zarr.open_group(self.root, mode="a")
+        except ValueError as error:  # what is there is no zarr metadata
+            raise CorruptStore(f"{self.root / 'zarr.json'} cannot be read: {error}.") from error
         if dict(group.attrs) != wanted:
             group.attrs.put(wanted)
 
@@ -231,7 +234,10 @@ class SlideStore:
 
     def verify(self, node: str) -> list[str]:
         """Return what differs from the commit of `node`, one sentence each; nothing when all is well."""
-        commit = self.committed(node)
+        try:
+            commit = self.committed(node)
+        except CorruptStore as error:
+            return [error.message]
         if commit is None:
             return [f"{self.slide_id}: {node} is not committed."]
         wrong = []

@@ -69,7 +69,7 @@ class BundleCard(Spec):
     arguments: dict[str, JsonValue] = Field(default={})
     classes: tuple[Annotated[str, Field(min_length=1)], ...]
     tile_px: Annotated[int, Field(ge=8, le=4096)]
-    mpp: Positive
+    mpp: Annotated[float, Field(gt=0, le=1000)]
     channels: Literal[3] = 3
     mean: tuple[Channel, Channel, Channel]
     std: tuple[Positive, Positive, Positive]

@@ -35,6 +35,7 @@ class TrainJob(Spec):
     store: StoreSpec = StoreSpec()
     executor: ExecutorSpec = ExecutorSpec()
     labels: LabelSpec = LabelSpec()
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def train(job: TrainJob, listen: Listener = silent) -> TrainResult:
         },
         "the bundle to be written",
     )
+    if Path(job.out).exists() and not job.overwrite:
+        raise ConfigError(f"{job.out} exists already.", next_step="Choose another --out, or say --overwrite.")
     context, result = _tile(job, items, listen)
     check_splits(items, {ended.slide_id: ended.identity for ended in result.ended})
     sources = {
@@ -88,7 +91,7 @@ def train(job: TrainJob, listen: Listener = silent) -> TrainResult:
     }
     val = sources["val"] if len(sources["val"]) else None
     trained = fit(card, job.fit, sources["train"], val, lambda result: listen(_event(result, job.fit.epochs)))
-    write_bundle(Path(job.out), card, trained.state_dict, overwrite=True)
+    write_bundle(Path(job.out), card, trained.state_dict, overwrite=job.overwrite)
     return TrainResult(Path(job.out), trained, {split: len(source) for split, source in sources.items()})
 
 
