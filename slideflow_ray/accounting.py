@@ -12,7 +12,7 @@ from typing import Any
 
 from slideflow_ray import storage
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import ConfigError
+from slideflow_ray.errors import ConfigError, SlideflowError
 from slideflow_ray.lease import held
 from slideflow_ray.pipeline import Context
 from slideflow_ray.specs import RunSpec, TileSpec
@@ -42,6 +42,12 @@ class Ended:
     packed: tuple[tuple[str, str], ...] = ()
 
 
+def failed(slide_id: str, error: SlideflowError) -> Ended:
+    """Return the end that an error makes."""
+    status = "refused" if error.refused else "failed"
+    return Ended(slide_id, status, code=error.code, message=error.message, next_step=error.step)
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What a run came to. `changed` is False when everything was there already."""
@@ -64,9 +70,13 @@ def _note(out: Path, slide_id: str) -> Path:
     return out / "failures" / f"{folder_name(slide_id)}.json"
 
 
-def note_failure(out: Path, item: Item, ended: Ended) -> None:
-    """Write down that an item failed or was refused, and what its row and file were then."""
-    record = {"ended": asdict(ended), "item": item.model_dump(mode="json"), "seen": _seen(item)}
+def note_failure(out: Path, item: Item, ended: Ended, wanted: str) -> None:
+    """Write down that an item failed or was refused, and what its row, its file and the run were then.
+
+    `wanted` is a digest of what the run wanted of its slides (tiles, scales): another run may
+    want what a slide can give.
+    """
+    record = {"ended": asdict(ended), "item": item.model_dump(mode="json"), "seen": _seen(item), "wanted": wanted}
     storage.write_atomic(_note(out, item.slide_id), storage.to_json(record))
 
 
@@ -80,18 +90,19 @@ def forget_failure(out: Path, slide_id: str) -> None:
     _note(out, slide_id).unlink(missing_ok=True)
 
 
-def refused_before(out: Path, items: Sequence[Item]) -> dict[str, Ended]:
-    """Return the items that were refused earlier and whose row and file are what they were then."""
+def refused_before(out: Path, items: Sequence[Item], wanted: str) -> dict[str, Ended]:
+    """Return the items that were refused earlier, where row, file and what is wanted are as they were then."""
     known = {}
     for item in items:
         record = storage.read_json(_note(out, item.slide_id))
-        if record and record["ended"]["status"] == "refused" and _as_it_was(item, record):
+        if record and record["ended"]["status"] == "refused" and _as_it_was(item, record, wanted):
             known[item.slide_id] = Ended(**{**record["ended"], "laid": (), "grids": ()})
     return known
 
 
-def _as_it_was(item: Item, record: dict[str, Any]) -> bool:
-    return bool(record["item"] == item.model_dump(mode="json") and record["seen"] == _seen(item))
+def _as_it_was(item: Item, record: dict[str, Any], wanted: str) -> bool:
+    same = record["item"] == item.model_dump(mode="json") and record["seen"] == _seen(item)
+    return bool(same and record["wanted"] == wanted)
 
 
 def _seen(item: Item) -> list[int] | None:
@@ -157,15 +168,15 @@ def read_run(out: Path) -> dict[str, Any]:
 def status(out: Path) -> dict[str, Any]:
     """Return how many items have ended how so far, in a run that goes on or is over."""
     record = read_run(out)
-    notes = [storage.read_json(path) for path in sorted((out / "failures").glob("*.json"))]
+    notes = [storage.read_json(_note(out, item["slide_id"])) for item in record["items"]]
     failures = [note["ended"] for note in notes if note]
     by_status = Counter(failure["status"] for failure in failures)
     if record["finished"]:
         done = record["counts"]["done"]
     else:
-        done = sum(_has_scores(out, item["slide_id"], len(record["models"])) for item in record["items"])
+        done = sum(_is_done(out, item, record) for item in record["items"])
     return {
-        "running": "running" if held(out) else "finished" if record["finished"] else "interrupted",
+        "state": "running" if held(out) else "finished" if record["finished"] else "interrupted",
         "slides": len(record["items"]),
         "done": done,
         "failed": by_status["failed"],
@@ -174,6 +185,12 @@ def status(out: Path) -> dict[str, Any]:
     }
 
 
-def _has_scores(out: Path, slide_id: str, models: int) -> bool:
-    found = list((out / "commits" / folder_name(slide_id) / "scores").rglob("*.json"))
-    return len(found) >= models
+def _is_done(out: Path, item: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether what the run wants of an item is committed: every model's scores, or a grid without tissue."""
+    commits = out / "commits" / folder_name(item["slide_id"])
+    models = zip(record["models"], record["spec"]["model"], strict=True)
+    wanted = [m["node"] for m, spec in models if all(item[column] == value for column, value in spec["where"].items())]
+    if not wanted:
+        return False  # no model applies, or tiles only: known when the run ends
+    empty = any(storage.read_json(path)["outcome"] == "no_tissue" for path in commits.glob("grids/*.json"))
+    return empty or all(any(commits.glob(f"scores/*/{node}.json")) for node in wanted)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import batched
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from dask.delayed import delayed
 
+from slideflow_ray.errors import SlideflowError
 from slideflow_ray.geometry import scale_of
 from slideflow_ray.metrics import Confusion, Counts, Sparse
 from slideflow_ray.store import SlideStore
@@ -144,14 +145,25 @@ def _getter(scheduler: Scheduler) -> Iterator[Any]:
 # heatmaps
 
 
-def write_heatmaps(out: str, work: Sequence[tuple[str, str, str]], scheduler: Scheduler = "threads") -> int:
-    """Write and commit a heatmap for each (slide_id, grid, model) that has none; return how many were written."""
+def write_heatmaps(
+    out: str, work: Sequence[tuple[str, str, str]], scheduler: Scheduler = "threads"
+) -> dict[str, SlideflowError]:
+    """Write and commit a heatmap for each (slide_id, grid, model) that has none; return the slides that failed."""
     parts = [Part(out, *names) for names in work]
-    return over_slides(write_heatmap, parts, _sum, scheduler)
+    return over_slides(_try_heatmap, parts, _united, scheduler)
 
 
-def _sum(numbers: Sequence[int]) -> int:
-    return sum(numbers)
+def _try_heatmap(part: Part) -> dict[str, SlideflowError]:
+    """One slide that cannot be read must not withhold the others' results."""
+    try:
+        write_heatmap(part)
+    except SlideflowError as error:
+        return {part.slide_id: error}
+    return {}
+
+
+def _united(several: Sequence[dict[str, SlideflowError]]) -> dict[str, SlideflowError]:
+    return {slide: error for errors in several for slide, error in errors.items()}
 
 
 def write_heatmap(part: Part) -> int:
@@ -283,6 +295,35 @@ def tiles_of(part: Part, targets: Sequence[int]) -> Tiles:
         truth = np.full(margins.shape, -1, np.int8)
     found = {c: (Sparse.of(margins[truth[:, c] == 1, c]), Sparse.of(margins[truth[:, c] == 0, c])) for c in targets}
     return Tiles({part.patient: found}, {part.slide_id: slide_scores(margins, truth)})
+
+
+Sides = tuple[Floats, Floats]
+"""Margins of the positives, and of the negatives."""
+
+
+def read_margins(parts: Sequence[Part], targets: Sequence[int], scheduler: Scheduler = "threads") -> dict[int, Sides]:
+    """Return all labelled margins by class, float32: 4 bytes for each tile, where a histogram is too coarse."""
+    found = over_slides(partial(_margins_of, targets=tuple(targets)), parts, _listed, scheduler)
+    return {c: (_joined(p for p, _ in found.get(c, [])), _joined(n for _, n in found.get(c, []))) for c in targets}
+
+
+def _joined(several: Iterable[Floats]) -> Floats:
+    return np.concatenate([np.empty(0, np.float32), *several])
+
+
+def _margins_of(part: Part, targets: Sequence[int]) -> dict[int, list[Sides]]:
+    margins, truth = part.margins(), part.truth()
+    if truth is None:
+        return {}
+    return {c: [(margins[truth[:, c] == 1, c], margins[truth[:, c] == 0, c])] for c in targets}
+
+
+def _listed(several: Sequence[dict[int, list[Sides]]]) -> dict[int, list[Sides]]:
+    together: dict[int, list[Sides]] = {}
+    for classes in several:
+        for c, sides in classes.items():
+            together.setdefault(c, []).extend(sides)
+    return together
 
 
 def slide_scores(margins: Floats, truth: Labels) -> SlideScores:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -71,6 +72,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 @app.command()
 def run(
+    context: typer.Context,
     target: Annotated[str | None, typer.Argument(help="run.toml, or one slide.")] = None,
     cohort: Annotated[Path | None, typer.Option(help="cohort.csv (columns slide_id and uri at least).")] = None,
     model: Annotated[list[Path] | None, typer.Option("--model", "-m", help="Bundle; may be repeated.")] = None,
@@ -105,13 +107,19 @@ def run(
         "dask": dask.value,
     }
     items = None
+    given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
     if target is not None and target.endswith(".toml"):
-        if cohort or model or out:
-            raise ConfigError("run.toml says cohort, model and out; give either the file or the options.")
+        if beside := sorted(given - {"target", "retry", "as_json"}):
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+            raise ConfigError(f"{target} says everything; {options} beside it would be ignored.")
         spec = _toml(Path(target))
     else:
         if (target is None) == (cohort is None):
             raise ConfigError("Give run.toml, or one slide, or --cohort.", next_step="slideflow-ray run --help")
+        if address and executor is not ExecutorName.ray:
+            raise ConfigError("--address needs --executor ray.")
+        if cohort is not None and mpp is not None:
+            raise ConfigError("--mpp is for one slide; a cohort has a column mpp.")
         if target is not None:
             items = single_slide(target, mpp)
         spec = _spec(str(cohort or ""), model, out, settings)
@@ -181,7 +189,7 @@ def status(out: OutArgument, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    typer.echo("{running}; done {done}, failed {failed}, refused {refused}".format(**found))
+    typer.echo("{state}; done {done}, failed {failed}, refused {refused}".format(**found))
     for failure in found["failures"]:
         typer.echo("  {slide_id}: {code} {message} Next: {next_step}".format(**failure))
 
@@ -192,9 +200,11 @@ def verify(
     digest: Annotated[bool, typer.Option("--digest", help="Print one hash over stores, commits and tables.")] = False,
 ) -> None:
     """Compare everything committed with what is on disk; exit code 5 when anything differs."""
+    from slideflow_ray.accounting import read_run
     from slideflow_ray.store import tree_digest
     from slideflow_ray.store import verify as verify_
 
+    read_run(out)
     nodes, wrong = verify_(out)
     for line in wrong:
         typer.echo(line, err=True)
@@ -249,6 +259,7 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option()] = 0,
     work: Annotated[Path | None, typer.Option(help="Where tiles are kept; default OUT.work.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
 ) -> None:
     """Train a tile classifier on the train split, keep the epoch that is best on val, write a bundle."""
     from slideflow_ray.progress import to_stderr
@@ -262,6 +273,7 @@ def train(
         "classes": tuple(name.strip() for name in classes.split(",")),
         "tile": {"tile_px": tile_px, "mpp": mpp},
         "fit": {"architecture": architecture, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed},
+        "overwrite": overwrite,
     }
     job = TrainJob.parse(values, "options")
     typer.echo(train_(job, listen=to_stderr()).summary())
@@ -311,11 +323,13 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(end.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _leave(EXIT_INTERRUPTED)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever nobody planned for ends with its own code
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # the command line's own usage errors
             error.show()
             sys.exit(EXIT_CONFIG)
-        raise
+        traceback.print_exc()
+        typer.echo("E_BUG: this should not happen. Next: please report it with the lines above.", err=True)
+        sys.exit(EXIT_BUG)
 
 
 def _leave(code: int) -> NoReturn:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from slideflow_ray import storage
 from slideflow_ray.errors import CohortError, ConfigError, SplitLeakError
 from slideflow_ray.specs import Modality, Spec, relative_to
 
@@ -25,7 +26,7 @@ class Item(Spec):
     split: Split | None = None
     label: str | None = None
     annotation: str | None = None
-    mpp: float | None = None
+    mpp: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     stain: str | None = None
     modality: Modality = "he"
     scanner: str | None = None
@@ -101,7 +102,8 @@ def _item(path: Path, number: int, row: Mapping[str | None, object]) -> Item:
 def single_slide(uri: str, mpp: float | None = None) -> tuple[Item, ...]:
     """Return the cohort of one slide given on the command line; its id is the file's stem."""
     uri = relative_to(Path.cwd(), uri)
-    return (Item(slide_id=Path(uri).stem or "slide", uri=uri, mpp=mpp),)
+    values = {"slide_id": storage.local_path(uri).stem.strip() or "slide", "uri": uri, "mpp": mpp}
+    return (Item.parse(values, f"slide {uri!r}"),)
 
 
 def check_unique(items: Iterable[Item]) -> None:

@@ -33,6 +33,7 @@ def demo(out: Path, executor: str = "ray", seed: int = 0, listen: Listener | Non
         "work": str(out / "train"),
         "classes": ("normal", "tumor"),
         "tile": {"tile_px": TILE_PX, "mpp": MPP},
+        "overwrite": True,  # the demo's own folder, made anew each time
         "fit": {"architecture": "small-cnn", "epochs": 10, "seed": seed},
     }
     trained = train(TrainJob.parse(values, "demo"), listen=listen)

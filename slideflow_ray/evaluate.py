@@ -39,6 +39,7 @@ from slideflow_ray.metrics import (
     fixed_probability,
     fixed_sensitivity,
     fixed_specificity,
+    rank_auc,
     rate_interval,
     roc,
     together,
@@ -56,6 +57,9 @@ from slideflow_ray.results import (
 )
 from slideflow_ray.specs import LabelSpec, RunSpec
 from slideflow_ray.tables import Columns, write_table
+
+EXACT_TILES = 20_000_000
+"""Up to so many tiles an AUC is computed from the margins themselves: 80 MB for each class."""
 
 Cases = dict[str, tuple[Sparse, Sparse]]
 """patient -> (positives' margins, negatives' margins)."""
@@ -203,7 +207,10 @@ def _evaluate_model(run: Run, model: Model, settings: Settings) -> _Done:
     parts = label_tiles(run, model, _parts(run, model))
     tiles = aggregate.read_tiles(parts, model.targets, run.scheduler)
     items = {item.slide_id: item for item in run.items}
+    exact = _margins(run, model, parts, tiles)
     notes = list(_left_out(run, model, parts, tiles))
+    if not exact:
+        notes.append(f"{model.name}: more than {EXACT_TILES:,} tiles, so the AUC by tile is that of its histograms.")
     points: list[OperatingPoint] = []
     results: list[Result] = []
     curves: list[dict[str, Any]] = []
@@ -215,7 +222,8 @@ def _evaluate_model(run: Run, model: Model, settings: Settings) -> _Done:
             notes += [why] if why else []
             for split in (FITTED, JUDGED):
                 if cases[split]:
-                    results.append(_judge(model, level, c, split, cases[split], point, settings))
+                    found_auc = _auc(run, model, tiles, exact, level, c, split, cases[split])
+                    results.append(_judge(model, level, c, split, cases[split], found_auc, point, settings))
                     curves += _curve(model, level, c, split, cases[split])
     thresholds = {model.classes.index(p.class_name): p.threshold for p in points if p.level == "tile"}
     calls = aggregate.read_calls(parts, model.classes, thresholds, model.argmax, run.scheduler)
@@ -377,8 +385,44 @@ def _fit(
     return point, ""
 
 
+def _margins(run: Run, model: Model, parts: Sequence[Part], tiles: Tiles) -> dict[str, dict[int, aggregate.Sides]]:
+    """The margins themselves by split, for an exact AUC; nothing where they are too many to hold."""
+    if sum(scores.tiles for scores in tiles.slides.values()) > EXACT_TILES:
+        return {}
+    of = {item.slide_id: item.split for item in run.items}
+    return {
+        split: aggregate.read_margins([p for p in parts if of[p.slide_id] == split], model.targets, run.scheduler)
+        for split in (FITTED, JUDGED)
+    }
+
+
+def _auc(
+    run: Run,
+    model: Model,
+    tiles: Tiles,
+    exact: Mapping[str, Mapping[int, aggregate.Sides]],
+    level: str,
+    c: int,
+    split: str,
+    cases: Cases,
+) -> float:
+    """The AUC of the margins themselves, as scikit-learn's; of tiles by their histograms where those are not held."""
+    if level == "tile":
+        return rank_auc(*exact[split][c]) if exact else auc(*_dense(cases))
+    rows = list((_patients if level == "patient" else _slides)(run, model, tiles, c, split))
+    sides = [np.array([top for _, truth, top in rows if truth == side], np.float32) for side in (1, 0)]
+    return rank_auc(*sides)
+
+
 def _judge(
-    model: Model, level: Any, c: int, split: str, cases: Cases, point: OperatingPoint | None, settings: Settings
+    model: Model,
+    level: Any,
+    c: int,
+    split: str,
+    cases: Cases,
+    found_auc: float,
+    point: OperatingPoint | None,
+    settings: Settings,
 ) -> Result:
     pos, neg = _dense(cases)
     counts = counts_at(pos, neg, point.threshold) if point else None
@@ -394,7 +438,7 @@ def _judge(
         positives=int(pos.sum()),
         negatives=int(neg.sum()),
         patients=len(cases),
-        auc=_number(auc(pos, neg)),
+        auc=_number(found_auc),
         auc_interval=auc_interval([s[0] for s in cases.values()], [s[1] for s in cases.values()], **draw)
         if both
         else None,

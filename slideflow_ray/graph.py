@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from slideflow_ray.accounting import Ended
+from slideflow_ray.accounting import Ended, failed
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import Quarantined, SlideflowError
 from slideflow_ray.events import ChunkScored, Listener, SlideDone, SlideFailed, SlidePlanned, WorkerDied, silent
@@ -114,10 +114,7 @@ class RunGraph:
             self._again.append(Task("derive", slide_id, self._plans[slide_id]))
 
     def _fail(self, slide_id: str, error: SlideflowError) -> None:
-        status = "refused" if error.refused else "failed"
-        self._end(
-            Ended(slide_id, status, code=error.code, message=error.message, next_step=error.step),
-        )
+        self._end(failed(slide_id, error))
 
     def _end(self, ended: Ended) -> None:
         slide_id = ended.slide_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import threading
@@ -10,6 +11,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from slideflow_ray import storage
 from slideflow_ray.errors import LeaseError
@@ -22,16 +26,19 @@ BEAT_S = 15.0
 def lease(out: Path) -> Iterator[None]:
     """Hold ``<out>/lease.json`` while the block runs; sweep half-written files of a run that died.
 
-    The lease of a process that is gone (same machine) or silent for a minute is taken over.
-    Raises LeaseError while another run holds it.
+    The lease of a process that is known to be gone, or that was silent for a minute where
+    that cannot be known, is taken over. Raises LeaseError while another run holds it.
     """
     path = out / "lease.json"
     owner = uuid.uuid4().hex
-    record = storage.to_json({"owner": owner, "host": socket.gethostname(), "pid": os.getpid()})
-    if not storage.create(path, record):
-        _take_over(path, record)
+    record = {"owner": owner, **_process()}
+    with _alone(path):
+        there = storage.read_json(path)
+        if there is not None and _alive(path, there):
+            raise LeaseError(f"{out} is in use by process {there.get('pid')} on {there.get('host')}.")
+        storage.write_atomic(path, storage.to_json(record))
     stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
+    beat = threading.Thread(target=_beat, args=(path, owner, stop), daemon=True)
     beat.start()
     try:
         sweep(out)
@@ -39,8 +46,9 @@ def lease(out: Path) -> Iterator[None]:
     finally:
         stop.set()
         beat.join()
-        if (storage.read_json(path) or {}).get("owner") == owner:
-            path.unlink(missing_ok=True)
+        with _alone(path):
+            if (storage.read_json(path) or {}).get("owner") == owner:
+                path.unlink(missing_ok=True)
 
 
 def held(out: Path) -> bool:
@@ -50,18 +58,40 @@ def held(out: Path) -> bool:
     return there is not None and _alive(path, there)
 
 
-def _take_over(path: Path, record: bytes) -> None:
-    there = storage.read_json(path) or {}
-    if _alive(path, there):
-        raise LeaseError(f"{path.parent} is in use by process {there.get('pid')} on {there.get('host')}.")
-    path.unlink(missing_ok=True)
-    if not storage.create(path, record):
-        raise LeaseError(f"{path.parent} was just taken by another run.")
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Look at the lease and change it as one step, against others that do the same."""
+    lock = path.parent / ".cache" / "lease.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
-def _alive(path: Path, there: dict[str, object]) -> bool:
-    if there.get("host") == socket.gethostname():
-        return Path(f"/proc/{there.get('pid')}").exists() if Path("/proc").exists() else _fresh(path)
+def _process() -> dict[str, Any]:
+    """What tells this process from every other: also from one of its number in another container or boot."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "space": _space(),
+    }
+
+
+def _space() -> str:
+    """The boot and the process-number space that a pid belongs to, "" where that cannot be known."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _alive(path: Path, there: dict[str, Any]) -> bool:
+    if there.get("space") and there["space"] == _space():
+        try:
+            return bool(psutil.Process(there["pid"]).create_time() == there["started"])
+        except psutil.NoSuchProcess:
+            return False
     return _fresh(path)
 
 
@@ -72,15 +102,17 @@ def _fresh(path: Path) -> bool:
         return False
 
 
-def _beat(path: Path, stop: threading.Event) -> None:
+def _beat(path: Path, owner: str, stop: threading.Event) -> None:
     while not stop.wait(BEAT_S):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _alone(path):
+            if (storage.read_json(path) or {}).get("owner") != owner:
+                return
             os.utime(path)
 
 
 def sweep(out: Path) -> int:
     """Delete the ``*.partial`` files that killed writers left; only the lease's holder may. Return how many."""
-    found = [p for folder in ("slides", "commits") for p in (out / folder).rglob("*.partial")]
+    found = [p for folder in ("slides", "commits") for p in (out / folder).rglob("*.partial") if p.is_file()]
     for path in found:
         path.unlink(missing_ok=True)
     return len(found)

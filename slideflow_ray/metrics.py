@@ -201,6 +201,19 @@ def auc(pos: Ints, neg: Ints) -> float:
     return float(twice / (2 * pairs))
 
 
+def rank_auc(pos: npt.NDArray[np.float32], neg: npt.NDArray[np.float32]) -> float:
+    """Return the AUC of margins themselves, ties at 1/2, as scikit-learn's; NaN if one side is empty.
+
+    A histogram's bin holds margins up to 0.8 % apart as equal, which on a few hundred tiles
+    of like margins moves the AUC in the third digit.
+    """
+    if not len(pos) or not len(neg):
+        return math.nan
+    rising = np.sort(neg)
+    wins = [int(np.searchsorted(rising, pos, side=side).sum()) for side in ("left", "right")]
+    return sum(wins) / (2 * len(pos) * len(neg))
+
+
 def average_precision(pos: Ints, neg: Ints) -> float:
     """Return the sum over thresholds of precision times the gain in recall; NaN without positives."""
     if not pos.any():

@@ -9,11 +9,12 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slideflow_ray import execute, storage
-from slideflow_ray.accounting import Ended, RunResult, refused_before, write_run
+from slideflow_ray.accounting import Ended, RunResult, failed, note_failure, refused_before, write_run
 from slideflow_ray.cohort import Item, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import Listener, RunFinished, RunStarted, silent
@@ -107,11 +108,12 @@ def run(
     started = time.monotonic()
     items, out = _checked(spec, items)
     with lease(out):
-        before = {} if retry else refused_before(out, items)
-        work, context, changed = _work(spec, items, listen, before, retry)
+        want = wanted(spec)
+        before = {} if retry else refused_before(out, items, want)
+        work, context, changed = _work(spec, items, listen, before, retry, want)
         ended = tuple(work.ended[item.slide_id] for item in items)
         result = RunResult(ended, changed, time.monotonic() - started)
-        _write_heatmaps(spec, context, result)
+        result = _write_heatmaps(spec, items, context, result, want)
         write_run(out, spec, items, context, result)
     listen(RunFinished(**result.counts, seconds=result.seconds))
     return result
@@ -132,7 +134,7 @@ def _checked(spec: RunSpec, items: Sequence[Item] | None) -> tuple[tuple[Item, .
 
 
 def _work(
-    spec: RunSpec, items: Sequence[Item], listen: Listener, before: dict[str, Ended], retry: bool
+    spec: RunSpec, items: Sequence[Item], listen: Listener, before: dict[str, Ended], retry: bool, want: str
 ) -> tuple[Units, Context, bool]:
     out = Path(spec.out)
     pool = execute.open_pool(spec.executor, spec.compute)
@@ -141,7 +143,7 @@ def _work(
         models = run_models(spec, profile) if profile else ()
         context = Context(spec.out, models, spec.tissue, spec.store, spec.tile, profile)
         write_run(out, spec, items, context, None)
-        units = Units(context, items, before, retry)
+        units = Units(context, items, before, retry, want)
         graph = RunGraph(units.todo, listen=listen, note=units.note)
         listen(RunStarted(len(units.todo), tuple(model.name for model in models), spec.executor.kind, pool.workers))
         pool.load(context)
@@ -151,14 +153,26 @@ def _work(
     return units, context, graph.changed
 
 
-def _write_heatmaps(spec: RunSpec, context: Context, result: RunResult) -> None:
+def wanted(spec: RunSpec) -> str:
+    """Return a digest of what a run wants of its slides: which tiles, for which of them."""
+    tiles = [[tile_spec(spec, model, card).model_dump(), model.where] for model, card, _ in load_models(spec)]
+    return digest([tiles, [tile.model_dump() for tile in spec.tile], spec.tissue.model_dump()])
+
+
+def _write_heatmaps(spec: RunSpec, items: Sequence[Item], context: Context, result: RunResult, want: str) -> RunResult:
+    """Write the heatmaps of what is done; a slide whose stored scores cannot be read fails alone."""
     if not context.models:
-        return
+        return result
     from slideflow_ray.aggregate import write_heatmaps
 
     done = (e for e in result.ended if e.status == "done" and e.tiles and not e.pack)
     work = [(e.slide_id, grid, model) for e in done for grid, model in e.grids]
-    write_heatmaps(context.out, work, scheduler=spec.dask)
+    errors = write_heatmaps(context.out, work, scheduler=spec.dask)
+    ended = tuple(failed(e.slide_id, errors[e.slide_id]) if e.slide_id in errors else e for e in result.ended)
+    for item, e in zip(items, ended, strict=True):
+        if e.slide_id in errors:
+            note_failure(Path(spec.out), item, e, want)
+    return replace(result, ended=ended)
 
 
 # the cost of a run

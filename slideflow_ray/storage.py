@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from slideflow_ray.errors import ConfigError, DiskFull
+from slideflow_ray.errors import ConfigError, CorruptStore, DiskFull
 
 SCHEMES = ("file",)
 
@@ -78,8 +78,10 @@ def to_json(value: object) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds, or None where there is no such file."""
+    """Return what a JSON file holds, or None where there is no such file. Raises CorruptStore when it is no JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise CorruptStore(f"{path} is not the JSON that was written: {error}.") from error

@@ -80,7 +80,10 @@ class SlideStore:
     def describe(self, attributes: Mapping[str, Any]) -> None:
         """Write what the slide is (schema, slide_id, uri, identity, size_px0, mpp0, levels, reader)."""
         wanted = {"schema": SCHEMA, "slide_id": self.slide_id, **attributes}
-        group = zarr.open_group(self.root, mode="a")
+        try:
+            group = zarr.open_group(self.root, mode="a")
+        except ValueError as error:  # what is there is no zarr metadata
+            raise CorruptStore(f"{self.root / 'zarr.json'} cannot be read: {error}.") from error
         if dict(group.attrs) != wanted:
             group.attrs.put(wanted)
 
@@ -102,8 +105,20 @@ class SlideStore:
             group.attrs.put(dict(attributes))
 
     def node_attrs(self, node: str) -> dict[str, Any]:
-        """Return the attributes of a group or an array."""
-        return dict(zarr.open(self.root, path=node, mode="r").attrs)
+        """Return the attributes of a group or an array. Raises StoreError, or CorruptStore when it was committed."""
+        try:
+            return dict(zarr.open(self.root, path=node, mode="r").attrs)
+        except FileNotFoundError as error:
+            raise self._missing(node) from error
+
+    def _missing(self, node: str) -> StoreError:
+        above = ["/".join(node.split("/")[:n]) for n in range(1, node.count("/") + 2)]
+        if any(self._commit_path(part).exists() for part in above):
+            return CorruptStore(
+                f"{self.slide_id}: {node} is committed and is gone.",
+                next_step=f"Delete {self.commits} and {self.root}, then run again: the slide is done anew.",
+            )
+        return StoreError(f"{self.slide_id}: there is no node {node}.")
 
     # arrays
 
@@ -201,7 +216,7 @@ class SlideStore:
             array = self._open(node, "r")
             return np.asarray(array[rows(self._rows_of(array))])
         except FileNotFoundError as error:
-            raise StoreError(f"{self.slide_id}: there is no node {node}.") from error
+            raise self._missing(node) from error
         except (ValueError, RuntimeError, zarr.errors.ChunkNotFoundError) as error:
             raise CorruptStore(f"{self.slide_id}: {node} cannot be read: {error}") from error
 
@@ -254,7 +269,10 @@ class SlideStore:
 
     def verify(self, node: str) -> list[str]:
         """Return what differs from the commit of `node`, one sentence each; nothing when all is well."""
-        commit = self.committed(node)
+        try:
+            commit = self.committed(node)
+        except CorruptStore as error:
+            return [error.message]
         if commit is None:
             return [f"{self.slide_id}: {node} is not committed."]
         wrong = []
@@ -291,9 +309,13 @@ def stores(out: str | Path) -> list[SlideStore]:
 
 
 def verify(out: str | Path) -> tuple[int, list[str]]:
-    """Compare every committed node below `out` with the disk; return how many nodes, and what is wrong."""
+    """Compare every committed node below `out` with the disk; return how many nodes, and what is wrong.
+
+    Commits are what is walked, so a store that is gone altogether is noticed too.
+    """
     nodes, wrong = 0, []
-    for store in stores(out):
+    for folder in sorted(path for path in (Path(out) / "commits").glob("*") if path.is_dir()):
+        store = SlideStore(out, folder.name)
         for node in store.nodes(""):
             nodes += 1
             wrong += store.verify(node)

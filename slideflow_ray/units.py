@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from slideflow_ray.accounting import Ended, failed_before, forget_failure, note_failure
+from slideflow_ray.accounting import Ended, failed, failed_before, forget_failure, note_failure
 from slideflow_ray.cohort import Item
 from slideflow_ray.packs import Pack, Packed, pack_items
 from slideflow_ray.pipeline import Context, broken_rows
@@ -20,7 +20,10 @@ from slideflow_ray.store import SlideStore
 class Units:
     """The units of a run: `todo` in order, and `ended` by slide_id of the cohort, filled by `note`."""
 
-    def __init__(self, context: Context, items: Sequence[Item], before: Mapping[str, Ended], retry: bool) -> None:
+    def __init__(
+        self, context: Context, items: Sequence[Item], before: Mapping[str, Ended], retry: bool, want: str = ""
+    ) -> None:
+        self._want = want
         self._out = Path(context.out)
         self._items = {item.slide_id: item for item in items}
         self.ended: dict[str, Ended] = dict(before)
@@ -36,8 +39,7 @@ class Units:
             self._rows.setdefault(pack_id, []).append(slide_id)
         self.todo: tuple[Item | Pack, ...] = (*tiled, *self._packed.packs)
         for slide_id, error in self._packed.errors.items():
-            status = "refused" if error.refused else "failed"
-            self._end(Ended(slide_id, status, code=error.code, message=error.message, next_step=error.step))
+            self._end(failed(slide_id, error))
 
     def note(self, ended: Ended) -> None:
         """Learn how a unit ended, and write down what failed, before anyone else is told."""
@@ -67,7 +69,7 @@ class Units:
             ended = _worse(first, ended)
         self.ended[slide_id] = ended
         if ended.status != "done":
-            note_failure(self._out, self._items[slide_id], ended)
+            note_failure(self._out, self._items[slide_id], ended, self._want)
         elif slide_id not in self._both or first is not None:
             forget_failure(self._out, slide_id)
 

@@ -60,8 +60,8 @@ def test_an_error_of_one_slide_is_raised(tmp_path):
 
 def test_a_heatmap_has_one_pixel_per_cell_and_nothing_elsewhere(tmp_path):
     ((part, slide, _),) = some_slides(tmp_path, 1)
-    assert ag.write_heatmaps(str(tmp_path), [("s0", GRID, NODE)]) == 1
-    assert ag.write_heatmaps(str(tmp_path), [("s0", GRID, NODE)]) == 0
+    assert ag.write_heatmaps(str(tmp_path), [("s0", GRID, NODE)]) == {}
+    assert ag.write_heatmaps(str(tmp_path), [("s0", GRID, NODE)]) == {}
     values = ag.read_heatmap(part.store, GRID, NODE)
     assert values.shape == (2, *slide.shape)
     expected = np.full((2, *slide.shape), np.nan)
@@ -192,5 +192,6 @@ def test_ray_does_the_same_as_threads(tmp_path, local_ray):
         for one, other in zip(threads.histograms[patient][1], ray.histograms[patient][1], strict=True):
             assert np.array_equal(one.dense(), other.dense())
     work = [(part.slide_id, GRID, NODE) for part in parts]
-    assert ag.write_heatmaps(str(tmp_path), work, "ray") == 20
-    assert ag.write_heatmaps(str(tmp_path), work, "threads") == 0
+    assert ag.write_heatmaps(str(tmp_path), work, "ray") == {}
+    assert all(part.store.committed(f"heatmaps/{GRID}/{NODE}") for part in parts)
+    assert ag.write_heatmaps(str(tmp_path), work, "threads") == {}

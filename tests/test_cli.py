@@ -37,6 +37,11 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
         (["run", "--workers", "many"], "Invalid value"),
         (["run", "--cohort", "c.csv", "x.svs"], "Give run.toml, or one slide, or --cohort"),
         (["walk"], "No such command"),
+        (["run", "x.toml", "--tiles", "none", "--executor", "ray"], "--executor, --tiles beside it would be ignored"),
+        (["run", "x.svs", "-m", "b", "-o", "o", "--address", "h:1"], "--address needs --executor ray"),
+        (["run", "x.svs", "-m", "b", "-o", "o", "--mpp", "nan"], "mpp"),
+        (["verify", "nowhere"], "nowhere is not the output folder of a run"),
+        (["train", "--cohort", "c.csv", "-o", "a b", "--classes", "one,two"], "There is no cohort"),
         (["evaluate", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["status", "nowhere"], "nowhere is not the output folder of a run"),
@@ -48,6 +53,14 @@ def test_wrong_words_end_with_2_and_one_clear_line(capsys, arguments, said):
     assert said in err
     assert "Traceback" not in err
     assert out == ""
+
+
+def test_a_dead_address_ends_with_4_in_one_line(capsys, marked, bundles, tmp_path):
+    words = ["run", str(marked / "c.tif"), "-m", str(bundles["aligned"]), "-o", str(tmp_path / "out")]
+    code, _, err = call(capsys, *words, "--executor", "ray", "--address", "127.0.0.1:1")
+    assert code == 4
+    assert "E_INFRA: No Ray at 127.0.0.1:1" in err
+    assert "Traceback" not in err
 
 
 def test_one_slide_is_scored_verified_and_found_done(capsys, marked, bundles, tmp_path):
@@ -63,6 +76,26 @@ def test_one_slide_is_scored_verified_and_found_done(capsys, marked, bundles, tm
     assert len(first.strip()) == 64
     code, said, _ = call(capsys, "status", out)
     assert said == "finished; done 1, failed 0, refused 0\n"
+
+
+def test_a_bundle_is_not_replaced_unasked(capsys, marked, bundles, tmp_path):
+    cohort = tmp_path / "cohort.csv"
+    cohort.write_text(f"slide_id,uri,split,label,modality\nc,{marked / 'c.tif'},train,normal,tem\n")
+    before = (bundles["aligned"] / "weights.safetensors").read_bytes()
+    words = ["train", "--cohort", str(cohort), "-o", str(bundles["aligned"]), "--classes", "normal,tumor"]
+    code, _, err = call(capsys, *words)
+    assert code == 2
+    assert "exists already" in err
+    assert (bundles["aligned"] / "weights.safetensors").read_bytes() == before
+
+
+def test_what_nobody_planned_for_ends_with_70(capsys, monkeypatch):
+    from slideflow_ray import doctor
+
+    monkeypatch.setattr(doctor, "examine", lambda: 1 / 0)
+    code, _, err = call(capsys, "doctor")
+    assert code == 70
+    assert "E_BUG" in err
 
 
 def test_a_flipped_byte_ends_verify_with_5(capsys, marked, bundles, tmp_path):

@@ -15,7 +15,8 @@ import pytest
 
 from slideflow_ray.accounting import read_run, status
 from slideflow_ray.errors import BundleError, ConfigError, ProfileError
-from slideflow_ray.events import ChunkScored, SlideDone, WorkerDied
+from slideflow_ray.events import ChunkScored, SlideDone, SlidePlanned, WorkerDied
+from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
 from slideflow_ray.run import plan, run
 from slideflow_ray.specs import RunSpec
 from slideflow_ray.store import SlideStore, tree_digest, verify
@@ -151,6 +152,79 @@ def test_a_replaced_file_is_tried_again(marked, bundles, tmp_path):
     assert status(tmp_path / "out")["failures"] == []
 
 
+def test_a_lost_store_is_noticed_and_its_slide_fails_with_a_way_out(marked, bundles, reference, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    shutil.rmtree(out / "slides/a.zarr")
+    assert any("a: " in line and "is lost" in line for line in verify(out)[1])
+    result = run(spec(marked, bundles, out))
+    assert result.counts == {"done": 2, "failed": 1, "refused": 0}
+    assert result.ended[0].code == "E_CHECKSUM"
+    shutil.rmtree(out / "commits/a")  # what the next step says
+    shutil.rmtree(out / "slides/a.zarr", ignore_errors=True)
+    assert run(spec(marked, bundles, out)).counts["done"] == 3
+    assert tree_digest(out) == tree_digest(reference)
+
+
+def test_scores_that_cannot_be_read_fail_their_slide_and_no_other(marked, bundles, reference, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    path = next((out / "slides/b.zarr/scores").rglob("c/0/0"))
+    data = bytearray(path.read_bytes())
+    data[9] ^= 1
+    path.write_bytes(data)
+    shutil.rmtree(out / "commits/b/heatmaps")
+    result = run(spec(marked, bundles, out))
+    assert {e.slide_id: e.code for e in result.ended if e.status != "done"} == {"b": "E_CHECKSUM"}
+    assert read_run(out)["finished"]
+
+
+def test_a_refusal_holds_for_what_was_wanted_and_not_for_another_model(marked, bundles, tmp_path):
+    card = read_card(bundles["aligned"])
+    fine = card.model_copy(update={"name": "fine", "mpp": 0.25})
+    write_bundle(tmp_path / "fine", fine, load_weights(bundles["aligned"]))
+    out = tmp_path / "out"
+    first = run(spec(marked, {**bundles, "fine": tmp_path / "fine"}, out, "fine"))
+    assert {e.code for e in first.ended} == {"E_BAD_MPP"}
+    assert run(spec(marked, bundles, out, "aligned")).counts["done"] == 3
+
+
+def test_a_failure_of_another_cohort_is_not_counted(marked, bundles, tmp_path):
+    out = tmp_path / "out"
+    run(spec(marked, bundles, out, "aligned", cohort="with_a_bad_one.csv"))
+    run(spec(marked, bundles, out, "aligned"))
+    assert status(out)["refused"] == 0
+
+
+def test_a_slide_named_like_a_half_written_file_is_a_slide(marked, bundles, tmp_path):
+    shutil.copy(marked / "c.tif", tmp_path / "x.partial.tif")
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,modality\nx.partial,x.partial.tif,tem\n")
+    for changed in (True, False):
+        assert run(spec(tmp_path, bundles, tmp_path / "out", "aligned")).changed == changed
+
+
+def test_an_idle_reader_that_dies_is_nobody_s_fault(marked, bundles, reference, tmp_path):
+    from slideflow_ray.execute import inline
+
+    original, killed = inline.InlinePool.load, []
+
+    def load(self, context):
+        original(self, context)
+        victim = self._readers[0].process
+        victim.kill()
+        victim.join()
+        killed.append(victim.pid)
+
+    inline.InlinePool.load = load
+    try:
+        result = run(spec(marked, bundles, tmp_path / "out"))
+    finally:
+        inline.InlinePool.load = original
+    assert killed
+    assert result.counts["done"] == 3
+    assert tree_digest(tmp_path / "out") == tree_digest(reference)
+
+
 def test_configuration_errors_come_before_anything_is_written(marked, bundles, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(BundleError, match=r"bundle\.json"):
@@ -224,7 +298,7 @@ def test_a_killed_run_resumes_at_the_chunk_and_ends_with_the_same_bytes(chunks, 
     process.communicate()
     there = len(list(out.glob("slides/*/scores/*/*/c/*/0")))
     assert (out / "lease.json").exists()
-    assert status(out)["running"] == "interrupted"
+    assert status(out)["state"] == "interrupted"
     events = []
     result = run(made, listen=events.append)
     total = len(list(out.glob("slides/*/scores/*/*/c/*/0")))
@@ -262,7 +336,10 @@ def test_a_reader_that_is_killed_is_replaced_and_nothing_is_lost(marked, bundles
 
 
 @pytest.mark.ray
-def test_an_actor_that_is_killed_is_replaced_and_nothing_is_lost(marked, bundles, reference, tmp_path, local_ray):
+@pytest.mark.parametrize("moment", [SlidePlanned, ChunkScored])
+def test_an_actor_that_is_killed_is_replaced_and_nothing_is_lost(
+    moment, marked, bundles, reference, tmp_path, local_ray
+):
     import psutil
 
     out = tmp_path / "out"
@@ -270,7 +347,7 @@ def test_an_actor_that_is_killed_is_replaced_and_nothing_is_lost(marked, bundles
 
     def listen(event):
         events.append(event)
-        if isinstance(event, ChunkScored) and sum(isinstance(e, ChunkScored) for e in events) == 2:
+        if isinstance(event, moment) and sum(isinstance(e, moment) for e in events) == 1:
             victims = [p for p in psutil.process_iter(["cmdline"]) if "Fused" in " ".join(p.info["cmdline"] or [])]
             mine = [p for p in victims if any(q.pid == os.getpid() for q in p.parents())]
             mine[0].kill()

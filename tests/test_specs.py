@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -112,14 +112,54 @@ def test_a_second_run_is_kept_out_and_a_dead_one_is_taken_over(tmp_path):
         with pytest.raises(LeaseError, match=f"process {os.getpid()}"), lease.lease(tmp_path):
             pass
         assert (tmp_path / "lease.json").exists()
+        mine = storage.read_json(tmp_path / "lease.json")
     assert not (tmp_path / "lease.json").exists()
-    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    dead = {"owner": "x", "host": socket.gethostname(), "pid": int(child.stdout)}
+    dead = {**mine, "started": mine["started"] - 1}  # another process had our number before
     storage.write_atomic(tmp_path / "lease.json", storage.to_json(dead))
     (tmp_path / "slides").mkdir()
     (tmp_path / "slides/c.partial").touch()
     with lease.lease(tmp_path):
         assert not (tmp_path / "slides/c.partial").exists()
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    gone = {**mine, "pid": int(child.stdout)}
+    storage.write_atomic(tmp_path / "lease.json", storage.to_json(gone))
+    assert not lease.held(tmp_path)
+    with lease.lease(tmp_path):
+        pass
+
+
+def test_a_pid_of_another_container_says_nothing_about_ours(tmp_path):
+    with lease.lease(tmp_path):
+        mine = storage.read_json(tmp_path / "lease.json")
+    theirs = {**mine, "owner": "x", "pid": 2**22, "space": "another"}
+    storage.write_atomic(tmp_path / "lease.json", storage.to_json(theirs))
+    with pytest.raises(LeaseError), lease.lease(tmp_path):
+        pass
+
+
+def test_of_two_that_take_over_a_dead_lease_one_gets_it(tmp_path):
+    storage.write_atomic(tmp_path / "lease.json", storage.to_json({"owner": "x", "pid": 1, "host": "h"}))
+    old = time.time() - lease.EXPIRES_S - 1
+    os.utime(tmp_path / "lease.json", (old, old))
+    got, start, release = [], threading.Barrier(8), threading.Event()
+
+    def take():
+        start.wait()
+        try:
+            with lease.lease(tmp_path):
+                got.append(1)
+                release.wait(10)
+        except LeaseError:
+            got.append(0)
+            if len(got) == 8:
+                release.set()
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == [0] * 7 + [1]
 
 
 def test_the_lease_of_another_host_counts_until_it_is_silent(tmp_path):

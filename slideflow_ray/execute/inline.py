@@ -44,9 +44,9 @@ class ReaderProcess:
         self.task: Task | None = None
 
     def give(self, task: Task) -> None:
-        """Send a task; the process must be idle."""
-        self.task = task
+        """Send a task; the process must be idle. Raises OSError when it is dead."""
         self.pipe.send(task)
+        self.task = task
 
     def take(self) -> tuple[Task, Done | Failed | Pixels]:
         """Receive what became of the task. Raises EOFError or OSError when the process is dead."""
@@ -138,9 +138,14 @@ class InlinePool:
             self._start_scorers(self._context)  # the readers are at work meanwhile
 
     def _dispatch(self) -> None:
-        for reader in self._readers:
-            if reader.task is None and self._waiting and self._scoring <= 2 * self.workers:
-                reader.give(self._waiting.popleft())
+        for index, reader in enumerate(self._readers):
+            while reader.task is None and self._waiting and self._scoring <= 2 * self.workers:
+                try:
+                    reader.give(self._waiting[0])
+                    self._waiting.popleft()
+                except OSError:  # it died while idle, which is nobody's fault
+                    self._replace(index)
+                    reader = self._readers[index]
 
     def wait(self) -> list[Outcome]:
         """Return outcomes as readers answer, die, or chunks get scored."""
@@ -166,6 +171,7 @@ class InlinePool:
             task, answer = reader.take()
         except (EOFError, OSError):
             return [self._replace(index)]
+        self._starts = self.workers  # only deaths in a row are counted against it
         if isinstance(answer, Done | Failed):
             return [answer]
         self._scoring += 1

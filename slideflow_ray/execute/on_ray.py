@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import stat
 import threading
 from collections import deque
@@ -17,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    WorkerCrashedError,
+)
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -30,8 +39,12 @@ from slideflow_ray.specs import ComputeSpec, ExecutorSpec
 
 AHEAD = 2
 """Tasks in flight for each scorer beyond the one it scores: what it reads ahead."""
-MAX_STARTS_PER_WORKER = 8
+MAX_STARTS = 8
+"""Starts of a worker in a row without a task done: a crash while loading must end some time."""
+LOSSES = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, ObjectLostError)
+"""What Ray raises when a worker is gone; one that its memory monitor killed raises OutOfMemoryError ever after."""
 START_TIMEOUT_S = 300
+CONNECT_TIMEOUT_S = 10
 _NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}}
 
 
@@ -114,6 +127,7 @@ class Worker:
     group: PlacementGroup | None = None
     flight: dict[Any, Task] = field(default_factory=dict)
     turn: int = 0
+    starts: int = 0
 
     @property
     def exclusive(self) -> bool:
@@ -135,13 +149,16 @@ class RayPool:
         self._workers: list[Worker] = []
         self._waiting: deque[Task] = deque()
         self._context: Any = None
-        self._starts = 0
         self._loaded = False
+        self._news: list[Outcome] = []
 
     def profile(self, compute: ComputeSpec) -> ComputeProfile:
         """Return the compute profile of a worker: the driver may be a laptop without the GPU."""
         options: dict[str, Any] = {"num_gpus": 1} if self.gpus else {"num_cpus": 1, "runtime_env": _NO_GPU}
-        found: ComputeProfile = _get(ray.remote(**options)(_resolve).remote(compute))
+        try:
+            found: ComputeProfile = _get(ray.remote(**options)(_resolve).remote(compute))
+        except (*LOSSES, GetTimeoutError) as error:
+            raise InfrastructureError(f"No worker could say what it computes with: {_first_line(error)}") from error
         return found
 
     def load(self, context: Context) -> None:
@@ -152,9 +169,9 @@ class RayPool:
     # starting
 
     def _start(self, worker: Worker) -> Worker:
-        self._starts += 1
-        if self._starts > MAX_STARTS_PER_WORKER * self.workers:
-            raise InfrastructureError(f"Workers died {self._starts - self.workers} times; giving up.")
+        worker.starts += 1
+        if worker.starts > MAX_STARTS:
+            raise InfrastructureError(f"{worker.name} died {MAX_STARTS} times without doing a task; giving up.")
         worker.actors = self._gpu_actors(worker) if self.gpus else [self._fused_actor()]
         return worker
 
@@ -184,9 +201,28 @@ class RayPool:
 
     def _load_models(self) -> None:
         """Wait until every worker has its models. Raises the error of a model that does not load."""
-        if not self._loaded:
-            _get([actor.load.remote() for worker in self._workers for actor in worker.actors])
-            self._loaded = True
+        if self._loaded:
+            return
+        self._loaded = True
+        loading = {worker.index: [actor.load.remote() for actor in worker.actors] for worker in self._workers}
+        for worker in list(self._workers):
+            self._make_ready(worker, loading[worker.index])
+
+    def _make_ready(self, worker: Worker, loading: list[Any]) -> None:
+        """Wait until a worker is loaded, starting it anew when it dies; with no place for it, go on without it."""
+        while True:
+            try:
+                _get(loading)
+                return
+            except LOSSES as error:
+                self._news += self._bury(worker, _first_line(error))
+            except GetTimeoutError as error:
+                self._news += self._bury(worker, "it found no place in the cluster")
+                self._workers.remove(worker)
+                if not self._workers:
+                    raise InfrastructureError(f"No worker started within {START_TIMEOUT_S} s.") from error
+                return
+            loading = [actor.load.remote() for actor in self._start(worker).actors]
 
     # working
 
@@ -244,30 +280,36 @@ class RayPool:
         """Return the outcomes that have come in."""
         self._dispatch()
         refs = {ref: worker for worker in self._workers for ref in worker.flight}
-        if not refs:
+        if not refs and not self._news:
             raise InfrastructureError("Nothing is in flight and nothing can be placed.")
-        ready, _ = ray.wait(list(refs), num_returns=1)
-        more, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+        ready = ray.wait(list(refs), num_returns=1)[0] if not self._news else []
+        more = ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []
         outcomes: list[Outcome] = []
         for ref in dict.fromkeys([*ready, *more]):
             if ref in refs[ref].flight:  # a loss clears all that its worker held
                 outcomes += self._outcome(refs[ref], ref)
+        outcomes, self._news = [*self._news, *outcomes], []
         self._dispatch()
         return outcomes
 
     def _outcome(self, worker: Worker, ref: Any) -> list[Outcome]:
         try:
             outcome: Outcome = ray.get(ref)
-        except RayActorError as error:
-            return self._lost(worker, str(error).splitlines()[0])
+        except LOSSES as error:
+            lost = self._bury(worker, _first_line(error))
+            loading = [actor.load.remote() for actor in self._start(worker).actors]
+            if self._loaded:
+                self._make_ready(worker, loading)
+            return lost
         except RayError as error:
             task = worker.flight.pop(ref)
             return [Failed(task, InfrastructureError(f"{task.stage} of {task.slide_id}: {error}"))]
         worker.flight.pop(ref)
+        worker.starts = 0
         return [outcome]
 
-    def _lost(self, worker: Worker, cause: str) -> list[Outcome]:
-        """Gather what had ended before the death, blame the rest, and start the worker anew."""
+    def _bury(self, worker: Worker, cause: str) -> list[Outcome]:
+        """Gather what had ended before a worker's death, and blame the rest; its actors are gone then."""
         ended: list[Outcome] = []
         for ref in list(worker.flight):
             try:
@@ -279,9 +321,6 @@ class RayPool:
         worker.flight.clear()
         for actor in worker.actors:
             ray.kill(actor)
-        self._start(worker)
-        if self._loaded:
-            _get([actor.load.remote() for actor in worker.actors])
         return [*ended, lost]
 
     def close(self) -> None:
@@ -302,10 +341,16 @@ def resources() -> dict[str, float]:
     return found
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _get(ref: Any) -> Any:
-    """ray.get with our own errors raised as themselves."""
+    """ray.get with our own errors raised as themselves; losses and time-outs stay what they are."""
     try:
         return ray.get(ref, timeout=START_TIMEOUT_S)
+    except (*LOSSES, GetTimeoutError):
+        raise
     except RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, SlideflowError):
@@ -321,6 +366,7 @@ def connect(spec: ExecutorSpec) -> bool:
     if ray.is_initialized():
         return False
     address = spec.address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_reachable(address)
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
     if address == "local":
         options |= {"include_dashboard": False, "num_cpus": spec.workers or None}
@@ -330,6 +376,19 @@ def connect(spec: ExecutorSpec) -> bool:
         raise InfrastructureError(f"No Ray at {address}: {error}") from error
     _protect_token()
     return True
+
+
+def _check_reachable(address: str) -> None:
+    """Say within seconds that nobody listens, where Ray would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise InfrastructureError(
+            f"No Ray at {address}: {error}.", next_step="Check --address (or RAY_ADDRESS) and that the cluster is up."
+        ) from error
 
 
 def _protect_token() -> None:

@@ -71,7 +71,7 @@ class BundleCard(Spec):
     arguments: dict[str, JsonValue] = Field(default={})
     classes: tuple[Annotated[str, Field(min_length=1)], ...]
     tile_px: Annotated[int, Field(ge=8, le=4096)]
-    mpp: Positive | None = None
+    mpp: Annotated[float, Field(gt=0, le=1000)] | None = None
     whole: Literal["squash", "pad"] | None = None
     channels: Literal[3] = 3
     mean: tuple[Channel, Channel, Channel]

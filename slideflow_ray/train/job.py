@@ -35,6 +35,7 @@ class TrainJob(Spec):
     store: StoreSpec = StoreSpec()
     executor: ExecutorSpec = ExecutorSpec()
     labels: LabelSpec = LabelSpec()
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,23 @@ def train(job: TrainJob, listen: Listener = silent) -> TrainResult:
     items = [item for item in read_cohort(job.cohort) if item.split in ("train", "val")]
     if not any(item.split == "train" for item in items):
         raise ConfigError(f"{job.cohort} has no rows with split = train.")
-    card = BundleCard(
-        name=Path(job.out).name,
-        task="classify",
-        architecture=job.fit.architecture,
-        arguments=job.fit.arguments,
-        classes=job.classes,
-        tile_px=job.tile.tile_px,
-        mpp=job.tile.mpp,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        description=f"trained on {Path(job.cohort).name}",
+    card = BundleCard.parse(
+        {
+            "name": Path(job.out).name,
+            "task": "classify",
+            "architecture": job.fit.architecture,
+            "arguments": job.fit.arguments,
+            "classes": job.classes,
+            "tile_px": job.tile.tile_px,
+            "mpp": job.tile.mpp,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "description": f"trained on {Path(job.cohort).name}",
+        },
+        "the bundle to be written",
     )
+    if Path(job.out).exists() and not job.overwrite:
+        raise ConfigError(f"{job.out} exists already.", next_step="Choose another --out, or say --overwrite.")
     context, result = _tile(job, items, listen)
     check_splits(items, {ended.slide_id: ended.identity for ended in result.ended})
     sources = {
@@ -85,7 +91,7 @@ def train(job: TrainJob, listen: Listener = silent) -> TrainResult:
     }
     val = sources["val"] if len(sources["val"]) else None
     trained = fit(card, job.fit, sources["train"], val, lambda result: listen(_event(result, job.fit.epochs)))
-    write_bundle(Path(job.out), card, trained.state_dict, overwrite=True)
+    write_bundle(Path(job.out), card, trained.state_dict, overwrite=job.overwrite)
     return TrainResult(Path(job.out), trained, {split: len(source) for split, source in sources.items()})
 
 
