@@ -17,9 +17,9 @@ LAYERS = [
     ["errors", "events", "geometry", "specs"],
     ["storage", "identity", "cohort", "slides", "tissue", "grid", "stain", "objects", "metrics"],
     ["annotations", "store", "profile", "prepare", "models", "tables", "lease"],
-    ["packs", "planes", "pipeline"],
+    ["pipeline"],
     ["execute", "aggregate"],
-    ["accounting", "graph", "units", "run", "results", "evaluate", "train", "explain"],
+    ["accounting", "graph", "run", "results", "evaluate", "train", "explain"],
     ["report", "export", "web", "nightly", "submit", "progress", "doctor", "demo"],
     ["cli"],
 ]
