@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     ["errors", "events", "geometry", "specs"],
-    ["storage", "identity", "cohort", "slides", "tissue", "grid", "stain", "objects", "metrics"],
+    ["storage", "identity", "cohort", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["pipeline"],
     ["execute", "aggregate"],
