@@ -268,6 +268,33 @@ def train(
 
 
 @app.command()
+def cohort(
+    folder: Annotated[Path, typer.Argument(help="Folder of slides; folders below it too.")],
+    patient_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression on the path; its first group is the patient.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("cohort.csv"),
+    expect: Annotated[Path | None, typer.Option(help="CSV of the slides that should be there.")] = None,
+    split: Annotated[str | None, typer.Option(help="Parts for train:val:test by patient, as 6:2:2.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the split.")] = 0,
+    modality: Annotated[str | None, typer.Option(help="he, pas, silver, ihc, tem or mri, of all slides.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a cohort.csv of the slides below a folder; say what is double, unreadable or missing."""
+    from slideflow_ray.collect import check_out, collect, describe, write_cohort_csv
+
+    check_out(out, force=force)
+    found = collect(folder, pattern=patient_pattern, expect=expect, split=split, seed=seed, modality=modality)
+    for line in describe(found):
+        typer.echo(line, err=True)
+    write_cohort_csv(out, found, modality=modality, force=force)
+    typer.echo(json.dumps({"out": str(out), **found.summary()}) if as_json else f"{len(found.slides)} slides: {out}")
+    if not found.complete:
+        raise typer.Exit(EXIT_FAILURES)
+
+
+@app.command()
 def phantoms(
     folder: Annotated[Path, typer.Argument(help="Where to write slides, annotations and cohort.csv.")],
     slides: Annotated[int, typer.Option(min=3)] = 12,

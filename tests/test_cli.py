@@ -24,7 +24,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     code += "print('HEAVY', sorted(heavy))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
-    for name in ("run", "plan", "status", "verify", "evaluate", "report", "train", "demo", "doctor"):
+    for name in ("run", "plan", "status", "verify", "evaluate", "report", "train", "cohort", "demo", "doctor"):
         assert f"\n  {name} " in done.stdout
 
 
