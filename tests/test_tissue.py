@@ -254,6 +254,14 @@ def test_burnt_in_labels_are_no_tissue(box, paper):
     np.testing.assert_array_equal(~found.mask, wanted)
 
 
+def test_a_strip_that_touches_a_bright_lumen_is_found_at_either_edge():
+    rgb = micrograph()
+    write_label(rgb, (560, 600, 0, 900), 255)
+    for picture in (rgb, rgb[::-1]):
+        found = burnt_in(picture).all(axis=1)
+        assert np.count_nonzero(found) == np.count_nonzero(burnt_in(picture)) / 900 == 42
+
+
 def test_a_bar_in_the_middle_of_a_micrograph_is_structure():
     rgb = micrograph()
     rgb[300:320, 100:700] = 255
