@@ -87,6 +87,7 @@ def run(
     stride_px: Annotated[int | None, typer.Option(min=1, help="From tile to tile; default: the tile's size.")] = None,
     min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Least tissue of a tile.")] = 0.05,
     mpp: Annotated[float | None, typer.Option(help="um per pixel of the one slide, if its file does not say.")] = None,
+    modality: Annotated[str, typer.Option(help="he, pas, silver, ihc, tem or mri: of the one slide.")] = "he",
     dask: Annotated[DaskName, typer.Option(help="Scheduler of the aggregation.")] = DaskName.threads,
     retry: Annotated[bool, typer.Option("--retry", help="Try refused slides again.")] = False,
     as_json: Json = False,
@@ -113,7 +114,7 @@ def run(
         if (target is None) == (cohort is None):
             raise ConfigError("Give run.toml, or one slide, or --cohort.", next_step="slideflow-ray run --help")
         if target is not None:
-            items = single_slide(target, mpp)
+            items = single_slide(target, mpp, modality)
         spec = _spec(str(cohort or ""), model, out, settings)
     _finish_run(run_(spec, items, listen=to_stderr(), retry=retry), spec, as_json)
 

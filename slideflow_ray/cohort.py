@@ -98,10 +98,11 @@ def _item(path: Path, number: int, row: Mapping[str | None, object]) -> Item:
         raise CohortError(error.message) from error
 
 
-def single_slide(uri: str, mpp: float | None = None) -> tuple[Item, ...]:
-    """Return the cohort of one slide given on the command line; its id is the file's stem."""
+def single_slide(uri: str, mpp: float | None = None, modality: str = "he") -> tuple[Item, ...]:
+    """Return the cohort of one slide given on the command line; its id is the file's stem. Raises ConfigError."""
     uri = relative_to(Path.cwd(), uri)
-    return (Item(slide_id=Path(uri).stem or "slide", uri=uri, mpp=mpp),)
+    values = {"slide_id": Path(uri).stem or "slide", "uri": uri, "mpp": mpp, "modality": modality}
+    return (Item.parse(values, "options"),)
 
 
 def check_unique(items: Iterable[Item]) -> None:
