@@ -89,6 +89,7 @@ def run(
     stride_px: Annotated[int | None, typer.Option(min=1, help="From tile to tile; default: the tile's size.")] = None,
     min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Least tissue of a tile.")] = 0.05,
     mpp: Annotated[float | None, typer.Option(help="um per pixel of the one slide, if its file does not say.")] = None,
+    modality: Annotated[str, typer.Option(help="he, pas, silver, ihc, tem or mri: of the one slide.")] = "he",
     dask: Annotated[DaskName, typer.Option(help="Scheduler of the aggregation.")] = DaskName.threads,
     retry: Annotated[bool, typer.Option("--retry", help="Try refused slides again.")] = False,
     as_json: Json = False,
@@ -121,7 +122,7 @@ def run(
         if cohort is not None and mpp is not None:
             raise ConfigError("--mpp is for one slide; a cohort has a column mpp.")
         if target is not None:
-            items = single_slide(target, mpp)
+            items = single_slide(target, mpp, modality)
         spec = _spec(str(cohort or ""), model, out, settings)
     _finish_run(run_(spec, items, listen=to_stderr(), retry=retry), spec, as_json)
 
@@ -277,6 +278,33 @@ def train(
     }
     job = TrainJob.parse(values, "options")
     typer.echo(train_(job, listen=to_stderr()).summary())
+
+
+@app.command()
+def cohort(
+    folder: Annotated[Path, typer.Argument(help="Folder of slides; folders below it too.")],
+    patient_pattern: Annotated[
+        str | None, typer.Option(help="Regular expression on the path; its first group is the patient.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("cohort.csv"),
+    expect: Annotated[Path | None, typer.Option(help="CSV of the slides that should be there.")] = None,
+    split: Annotated[str | None, typer.Option(help="Parts for train:val:test by patient, as 6:2:2.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the split.")] = 0,
+    modality: Annotated[str | None, typer.Option(help="he, pas, silver, ihc, tem or mri, of all slides.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a cohort.csv of the slides below a folder; say what is double, unreadable or missing."""
+    from slideflow_ray.collect import check_out, collect, describe, write_cohort_csv
+
+    check_out(out, force=force)
+    found = collect(folder, pattern=patient_pattern, expect=expect, split=split, seed=seed, modality=modality)
+    for line in describe(found):
+        typer.echo(line, err=True)
+    write_cohort_csv(out, found, modality=modality, force=force)
+    typer.echo(json.dumps({"out": str(out), **found.summary()}) if as_json else f"{len(found.slides)} slides: {out}")
+    if not found.complete:
+        raise typer.Exit(EXIT_FAILURES)
 
 
 @app.command()

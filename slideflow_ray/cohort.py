@@ -99,10 +99,11 @@ def _item(path: Path, number: int, row: Mapping[str | None, object]) -> Item:
         raise CohortError(error.message) from error
 
 
-def single_slide(uri: str, mpp: float | None = None) -> tuple[Item, ...]:
-    """Return the cohort of one slide given on the command line; its id is the file's stem."""
+def single_slide(uri: str, mpp: float | None = None, modality: str = "he") -> tuple[Item, ...]:
+    """Return the cohort of one slide given on the command line; its id is the file's stem. Raises ConfigError."""
     uri = relative_to(Path.cwd(), uri)
-    values = {"slide_id": storage.local_path(uri).stem.strip() or "slide", "uri": uri, "mpp": mpp}
+    stem = storage.local_path(uri).stem.strip() or "slide"
+    values = {"slide_id": stem, "uri": uri, "mpp": mpp, "modality": modality}
     return (Item.parse(values, f"slide {uri!r}"),)
 
 

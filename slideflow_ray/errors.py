@@ -15,6 +15,7 @@
     │   ├── NoMpp            E_NO_MPP                           refused
     │   ├── BadMpp           E_BAD_MPP                          refused
     │   ├── BadDimensions    E_DIMENSIONS                       refused
+    │   ├── MaskError        E_MASK                             the user's tissue mask
     │   └── AnnotationError  E_ANNOTATION
     ├── NanScore             E_NAN_SCORE     ArithmeticError    a model returned NaN
     ├── OutOfMemory          E_OUT_OF_MEMORY MemoryError
@@ -123,6 +124,11 @@ class BadDimensions(SlideError):
     code = "E_DIMENSIONS"
     refused = True
     next_step = "The file's header is not credible; copy it again or drop its row."
+
+
+class MaskError(SlideError):
+    code = "E_MASK"
+    next_step = "Correct the tissue mask named in the cohort's column `mask`, or empty the cell, and run again."
 
 
 class AnnotationError(SlideError):

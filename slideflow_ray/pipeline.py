@@ -20,6 +20,7 @@ import numpy.typing as npt
 from slideflow_ray import storage
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import DiskFull, SlideflowError
+from slideflow_ray.focus import slide_focus
 from slideflow_ray.grid import Grid, make_grid
 from slideflow_ray.identity import identity
 from slideflow_ray.packs import Pack, read_image, size_px0
@@ -27,7 +28,7 @@ from slideflow_ray.profile import ComputeProfile
 from slideflow_ray.slides import SlideReader, open_slide, read_tiles
 from slideflow_ray.specs import ModelSpec, StoreSpec, TileSpec, TissueSpec, WholeSpec, digest
 from slideflow_ray.store import SlideStore
-from slideflow_ray.tissue import TissueMask, find_tissue
+from slideflow_ray.tissue import METHOD, TissueMask, find_tissue, mask_identity
 
 PIXELS = "nearest-level, whole-pixel box, pillow bilinear, 1"
 """How a tile's pixels come about; part of every grid's digest, so a new rule makes new grids."""
@@ -143,7 +144,7 @@ def plan_slide(context: Context, item: Item) -> SlidePlan:
         about = _about(reader, item, found)
         store.describe(about)
         _keep_items(store, [item.model_dump(mode="json", exclude_none=True)])
-        tissue_node, tissue = _tissue(store, context.tissue, reader, item, about)
+        tissue_node, tissue = _tissue(store, context, reader, item, about)
         grids = []
         wanted = [model.tile for model in models if isinstance(model.tile, TileSpec)]
         for tile in dict.fromkeys([*wanted, *context.tiles]):
@@ -233,14 +234,22 @@ def _keep_items(store: SlideStore, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _tissue(
-    store: SlideStore, spec: TissueSpec, reader: SlideReader, item: Item, about: Mapping[str, Any]
+    store: SlideStore, context: Context, reader: SlideReader, item: Item, about: Mapping[str, Any]
 ) -> tuple[str, TissueMask]:
-    determines = {**_pixels_of(about), "spec": spec.model_dump(), "modality": item.modality}
+    determines = {**_pixels_of(about), "spec": context.tissue.model_dump(), "modality": item.modality, "method": METHOD}
+    if item.mask:
+        determines["mask"] = mask_identity(item.mask, Path(context.out) / ".cache" / "identity")
     node = f"tissue/{item.modality}-{digest(determines)}"
     if store.committed(node):
         return node, read_tissue(store, node)
-    found = find_tissue(reader, spec, item.modality)
-    attributes = {"px0_per_px": list(found.px0_per_px), "rule": found.rule, "determines": determines}
+    found = find_tissue(reader, context.tissue, item.modality, item.mask)
+    attributes = {
+        "px0_per_px": list(found.px0_per_px),
+        "rule": found.rule,
+        "reason": found.reason,
+        "focus": slide_focus(reader, found),
+        "determines": determines,
+    }
     store.write_array(f"{node}/mask", found.mask, attributes)
     store.commit(node)
     return node, found
@@ -250,7 +259,7 @@ def read_tissue(store: SlideStore, node: str) -> TissueMask:
     """Return a committed tissue mask."""
     attributes = store.node_attrs(f"{node}/mask")
     x, y = attributes["px0_per_px"]
-    return TissueMask(mask=store.read(f"{node}/mask"), px0_per_px=(float(x), float(y)), rule=attributes["rule"])
+    return TissueMask(store.read(f"{node}/mask"), (float(x), float(y)), attributes["rule"], attributes["reason"])
 
 
 def _pixels_of(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,6 +286,7 @@ def _grid(
         "shape": list(grid.shape),
         "level": grid.level,
         "mpp_achieved": grid.mpp_achieved,
+        "reason": "" if len(grid) else tissue.reason or f"no tile of {tile.tile_px} px is {tile.min_tissue:.0%} tissue",
     }
     store.make_group(f"grids/{node}", attributes)
     for name in GRID_ARRAYS:

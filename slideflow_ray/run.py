@@ -120,8 +120,6 @@ def run(
 def _checked(spec: RunSpec, items: Sequence[Item] | None) -> tuple[tuple[Item, ...], Path]:
     """Whatever can be wrong before anything is started."""
     items = tuple(items) if items is not None else read_cohort(spec.cohort)
-    if masked := [item.slide_id for item in items if item.mask]:
-        raise ConfigError(f"The column `mask` is not supported yet (slide {masked[0]!r} has one).")
     load_models(spec)
     out = Path(spec.out)
     try:

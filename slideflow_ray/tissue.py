@@ -1,17 +1,23 @@
 """Thumbnail -> bool mask of tissue; one rule per modality, pure NumPy and SciPy.
 
-The H&E rule works on optical density after white balance, where the stains and the
-inks of pens have directions: eosin and haematoxylin absorb green most, blue ink red,
-green ink red and blue, black ink and scanner frames everything alike. It began as
-NCRF's rule (saturation above Otsu, not all of R, G, B above Otsu, none below 50);
-Otsu alone cuts pale tissue off where a slide is nearly all tissue and finds noise
-where it is nearly all glass, so the threshold is held between two fixed densities.
+The rules of stained slides work on optical density after white balance, where the
+stains and the inks of pens have directions: eosin and haematoxylin absorb green most,
+blue ink red, green ink red and blue, red ink green and blue alike, black ink and
+scanner frames everything alike. They began as NCRF's rule (saturation above Otsu, not
+all of R, G, B above Otsu, none below 50); Otsu alone cuts pale tissue off where a slide
+is nearly all tissue and finds noise where it is nearly all glass, so the threshold is
+held between two fixed densities. A micrograph has no glass: everything is tissue but
+the labels that were burnt into its upper or lower edge.
+
+Copies of one slide with the same level 0 get the same mask, whatever their pyramids,
+up to LEVEL0_PX pixels: the thumbnail is then averaged from level 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -19,12 +25,30 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
+from slideflow_ray.errors import MaskError, SlideError
 from slideflow_ray.geometry import best_level, scale_of
-from slideflow_ray.slides.base import Pixels, SlideReader
+from slideflow_ray.identity import identity
+from slideflow_ray.slides.base import Pixels, SlideReader, same_shape
 from slideflow_ray.specs import TissueSpec
 
 Plane = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+
+METHOD: Final = 2
+"""Part of every tissue mask's digest: a change of the rules below makes new masks and new grids."""
+
+LEVEL0_PX: Final = 2**26
+"""Slides of at most so many pixels (8,192 x 8,192) have their thumbnail averaged from level 0, in about 0.3 s.
+
+Larger ones are averaged from the coarsest level that is fine enough; there copies with
+other pyramids may differ in pixels at the border of their masks.
+"""
+
+MICROGRAPH_PX: Final = 1024
+"""The longer side of a micrograph's mask: its scale says nothing about the size of its labels."""
+
+MASK_SHAPE: Final = 0.01
+"""How far the aspect of a user's mask may be from the slide's, rounding to whole pixels aside."""
 
 BLOCK_PX: Final = 4096
 """Level pixels per side of what is read at once for the thumbnail: 50 MB."""
@@ -38,11 +62,17 @@ GREY_DENSITY: Final = (0.08, 0.16)
 PEN_REACH_UM: Final = 24.0
 """How far the blurred border of a pen stroke or a black frame reaches."""
 
-INKS: Final = {"he": ("blue", "green", "black"), "pas": ("blue", "green", "black"), "ihc": ("green", "black")}
-"""The pens looked for, by modality: blue ink looks like an IHC counterstain, black ink like silver."""
+INKS: Final = {
+    "he": ("blue", "green", "black", "red"),
+    "pas": ("blue", "green", "black", "red"),
+    "ihc": ("green", "black"),
+    "silver": ("blue",),
+}
+"""The pens looked for: blue ink looks like an IHC counterstain, red like AEC, black like silver, green like its
+counterstain."""
 
-EVERYTHING: Final = ("tem", "mri")
-"""Modalities whose pictures have no glass."""
+RULES: Final = {"tem": "micrograph", "mri": "everything"}
+"""What rule "auto" is; other modalities are stained slides, and the rule has their name."""
 
 NOISE: Final = 1e-6
 """Areas below this, in mask pixels, are rounding."""
@@ -50,28 +80,80 @@ NOISE: Final = 1e-6
 
 @dataclass(frozen=True)
 class TissueMask:
-    """Where tissue is. mask : bool, shape (h, w), over the whole slide; each pixel covers `px0_per_px` (x, y) px0."""
+    """Where tissue is. mask : bool, shape (h, w), over the whole slide; each pixel covers `px0_per_px` (x, y) px0.
+
+    `reason` says why there is no tissue; it is empty where there is some.
+    """
 
     mask: Mask
     px0_per_px: tuple[float, float]
     rule: str
+    reason: str = ""
 
 
-def find_tissue(reader: SlideReader, spec: TissueSpec, modality: str) -> TissueMask:
-    """Return the tissue of a slide at about `spec.mpp`, by `spec.rule`.
+def find_tissue(reader: SlideReader, spec: TissueSpec, modality: str, mask: str | None = None) -> TissueMask:
+    """Return the tissue of a slide at about `spec.mpp`, by `spec.rule`, or the user's own `mask` (a uri).
 
-    Rule "auto" is "everything" for tem and mri, "he" for the rest. Pieces smaller than
-    `min_area_um2` are dropped and holes smaller than `max_hole_um2` filled. Raises
-    ReadError.
+    Rule "auto" is "micrograph" for tem, "everything" for mri and the stain's own for the
+    rest. Pieces smaller than `min_area_um2` are dropped and holes smaller than
+    `max_hole_um2` filled, but not in a user's mask. Raises ReadError, MaskError.
     """
-    rule = spec.rule if spec.rule != "auto" else ("everything" if modality in EVERYTHING else "he")
-    w, h = thumbnail_size(reader, spec.mpp)
+    if mask is not None:
+        return user_mask(mask, reader.size_px0)
+    rule = spec.rule if spec.rule != "auto" else RULES.get(modality, modality)
+    w, h = micrograph_size(reader) if rule == "micrograph" else thumbnail_size(reader, spec.mpp)
     px0_per_px = (reader.size_px0[0] / w, reader.size_px0[1] / h)
     if rule == "everything":
         return TissueMask(np.ones((h, w), np.bool_), px0_per_px, rule)
+    picture = thumbnail(reader, (w, h), level0_px=LEVEL0_PX)
+    if rule == "micrograph":
+        return TissueMask(~burnt_in(picture), px0_per_px, rule)
     um_per_px = reader.mpp0 * (px0_per_px[0] + px0_per_px[1]) / 2
-    mask = stained(thumbnail(reader, (w, h)), um_per_px, modality)
-    return TissueMask(cleaned(mask, um_per_px, spec.min_area_um2, spec.max_hole_um2), px0_per_px, rule)
+    found, reason = _stained(picture, um_per_px, rule)
+    tissue = cleaned(found, um_per_px, spec.min_area_um2, spec.max_hole_um2)
+    if tissue.any():
+        return TissueMask(tissue, px0_per_px, rule)
+    reason = reason or f"every stained piece is smaller than {spec.min_area_um2:g} um2"
+    return TissueMask(tissue, px0_per_px, rule, reason)
+
+
+def mask_identity(uri: str, cache: Path | None = None) -> str:
+    """Return the identity of a user's mask, by its content. Raises MaskError where there is none."""
+    try:
+        return identity(uri, cache)
+    except (SlideError, OSError) as error:
+        raise MaskError(f"There is no mask {uri}: {error}") from error
+
+
+def user_mask(uri: str, size_px0: tuple[int, int]) -> TissueMask:
+    """Return a mask drawn by the user: a PNG or TIFF of any size over the whole slide, tissue where it is not zero.
+
+    Raises MaskError: no such file, not an image, of another aspect than the slide.
+    """
+    from slideflow_ray.slides.image import read_labels
+    from slideflow_ray.storage import local_path
+
+    try:
+        found = read_labels(uri, local_path(uri)) > 0
+    except MemoryError:
+        raise
+    except Exception as error:
+        cause = error.message if isinstance(error, SlideError) else f"{type(error).__name__}: {error}."
+        raise MaskError(f"The mask {uri} cannot be read: {cause}") from error
+    h, w = found.shape
+    px0_per_px = (size_px0[0] / w, size_px0[1] / h)
+    if not same_shape(size_px0, (w, h)) and abs(px0_per_px[0] / px0_per_px[1] - 1) > MASK_SHAPE:
+        raise MaskError(
+            f"The mask {uri} has {w} x {h} pixels, which is not the shape of {size_px0[0]} x {size_px0[1]}."
+        )
+    return TissueMask(found, px0_per_px, "user", "" if found.any() else "the user's mask is all zero")
+
+
+def micrograph_size(reader: SlideReader) -> tuple[int, int]:
+    """Return (width, height) of a micrograph's mask: MICROGRAPH_PX along the longer side, never above level 0."""
+    factor = min(1.0, MICROGRAPH_PX / max(reader.size_px0))
+    w, h = (max(1, round(length * factor)) for length in reader.size_px0)
+    return w, h
 
 
 def thumbnail_size(reader: SlideReader, mpp: float) -> tuple[int, int]:
@@ -81,15 +163,16 @@ def thumbnail_size(reader: SlideReader, mpp: float) -> tuple[int, int]:
     return w, h
 
 
-def thumbnail(reader: SlideReader, size: tuple[int, int]) -> Pixels:
+def thumbnail(reader: SlideReader, size: tuple[int, int], *, level0_px: int = 0) -> Pixels:
     """Return the whole slide as uint8, shape (height, width, 3), each pixel the mean of its area.
 
-    Built from the coarsest level that is fine enough, in blocks, so memory stays small
-    however large the slide is.
+    Built from the coarsest level that is fine enough, or from level 0 where that has at
+    most `level0_px` pixels; in blocks, so memory stays small however large the slide is.
     """
     w, h = size
     scale = min(reader.size_px0[0] / w, reader.size_px0[1] / h)
-    index = best_level(reader.levels, scale)
+    small = reader.size_px0[0] * reader.size_px0[1] <= level0_px
+    index = 0 if small else best_level(reader.levels, scale)
     level = reader.levels[index].size
     per_px = (level[0] / w, level[1] / h)
     out: Pixels = np.empty((h, w, 3), np.uint8)
@@ -113,16 +196,27 @@ def _spans(length: int, per_px: float) -> Iterator[tuple[int, int]]:
 
 def stained(rgb: Pixels, um_per_px: float, modality: str) -> Mask:
     """Return where a thumbnail is stained, bool, shape (h, w): neither glass, nor pen, nor a black frame."""
+    return _stained(rgb, um_per_px, modality)[0]
+
+
+def _stained(rgb: Pixels, um_per_px: float, modality: str) -> tuple[Mask, str]:
+    """Return where a thumbnail is stained, and, where nothing is, why."""
     density = optical_density(rgb, white_point(rgb))
+    colour = _above(density.max(axis=2) - density.min(axis=2), CHROMA)
     if modality == "silver":
-        signal, limits = density.min(axis=2), GREY_DENSITY
-    else:
-        signal, limits = density.max(axis=2) - density.min(axis=2), CHROMA
-    signal = ndimage.gaussian_filter(signal, 0.7)
+        colour |= _above(density.min(axis=2), GREY_DENSITY)
     unwanted = pen(rgb, density, INKS.get(modality, ())) | (rgb.max(axis=2) < 40)
     reach = max(1, round(PEN_REACH_UM / um_per_px))
-    unwanted = ndimage.binary_dilation(unwanted, _disk(1), iterations=reach)
-    return (signal > threshold(signal, limits)) & ~unwanted
+    found = colour & ~ndimage.binary_dilation(unwanted, _disk(1), iterations=reach)
+    if found.any():
+        return found, ""
+    return found, "what is stained is pen or a black area" if colour.any() else "no pixel is stained"
+
+
+def _above(signal: Plane, limits: tuple[float, float]) -> Mask:
+    signal = ndimage.gaussian_filter(signal, 0.7)
+    above: Mask = signal > threshold(signal, limits)
+    return above
 
 
 def white_point(rgb: Pixels) -> npt.NDArray[np.float32]:
@@ -184,10 +278,65 @@ def pen(rgb: Pixels, density: npt.NDArray[np.float32], inks: tuple[str, ...]) ->
     if "green" in inks:
         weak = (red > green + 0.04) & (blue > green)
         found |= _touching((red > 0.35) & (red > 1.35 * green) & (blue > 1.15 * green), weak)
+    if "red" in inks:
+        pure = (red < 0.3 * green) & (green > red + 0.1) & (blue > 0.6 * green)
+        found |= _touching((red < 0.15 * green) & (green > 0.65) & (blue > 0.75 * green), pure)  # blood absorbs red too
     if "black" in inks:
         grey = density.max(axis=2) - density.min(axis=2) < 0.25 * density.max(axis=2)
         found |= _touching(grey & (density.min(axis=2) > 0.5), grey & (density.min(axis=2) > 0.15))
     return found
+
+
+LABEL_BAND: Final = 0.15
+"""Burnt-in labels lie wholly in this part of the picture, at its top or bottom."""
+
+LABEL_FILL: Final = 0.9
+"""The least part of its bounding box that a label's paper covers, its letters filled; an ellipse covers 0.79."""
+
+
+def burnt_in(rgb: Pixels) -> Mask:
+    """Return where a micrograph carries burnt-in labels, bool, shape (h, w): strips and boxes of pure white or black.
+
+    A strip is the rows at the edge of the picture that are paper from side to side; a box
+    is a rectangle of paper at least four times as wide as high, in the upper or lower
+    LABEL_BAND; what is written on them are gaps and holes. Letters and scale bars drawn on
+    the tissue itself are not looked for.
+    """
+    h, w = rgb.shape[:2]
+    found: Mask = np.zeros((h, w), np.bool_)
+    for paper in (rgb.min(axis=2) >= 245, rgb.max(axis=2) <= 10):
+        strips = _strip(paper) | _strip(paper[::-1])[::-1]
+        found[strips] = True
+        labels, _ = ndimage.label(paper & ~strips[:, None])
+        for index, box in enumerate(ndimage.find_objects(labels), start=1):
+            if box is not None and _is_label(labels[box] == index, box, (h, w)):
+                rows, cols = (slice(max(0, side.start - 2), side.stop + 2) for side in box)  # their soft border
+                found[rows, cols] = True
+    return found
+
+
+def _is_label(paper: Mask, box: tuple[slice, ...], shape: tuple[int, int]) -> bool:
+    height, width = paper.shape
+    low, high = LABEL_BAND * shape[0], (1 - LABEL_BAND) * shape[0]
+    if height < max(4, 0.01 * shape[0]) or width < 4 * height or not (box[0].stop <= low or box[0].start >= high):
+        return False
+    beside = np.pad(paper, ((0, 0), (height, height)))  # letters that touch the paper's edge are gaps, not holes
+    whole = ndimage.binary_closing(beside, np.ones((1, height), np.bool_))[:, height:-height]
+    return float(ndimage.binary_fill_holes(whole).mean()) >= LABEL_FILL
+
+
+def _strip(paper: Mask) -> npt.NDArray[np.bool_]:
+    """Return which rows, bool, shape (h,), are a strip at the lower edge, two rows of soft border included."""
+    h, w = paper.shape
+    reach = max(3, w // 40)  # letters are gaps
+    beside = np.pad(paper, ((0, 0), (reach, reach)), constant_values=True)
+    closed = ndimage.binary_closing(beside, np.ones((1, reach), np.bool_))[:, reach:-reach]
+    other = np.flatnonzero(closed.mean(axis=1) < LABEL_FILL)
+    start = int(other[-1]) + 1 if len(other) else h
+    rows: npt.NDArray[np.bool_] = np.zeros(h, np.bool_)
+    if max(4, 0.01 * h) <= h - start <= LABEL_BAND * h:
+        rows[max(0, start - 2) :] = True
+    return rows
 
 
 def _touching(strong: Mask, weak: Mask) -> Mask:

@@ -24,7 +24,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     code += "print('HEAVY', sorted(heavy))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
-    for name in ("run", "plan", "status", "verify", "evaluate", "report", "train", "demo", "doctor"):
+    for name in ("run", "plan", "status", "verify", "evaluate", "report", "train", "cohort", "demo", "doctor"):
         assert f"\n  {name} " in done.stdout
 
 
@@ -36,6 +36,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
         (["run", "no.toml"], "There is no no.toml"),
         (["run", "--workers", "many"], "Invalid value"),
         (["run", "--cohort", "c.csv", "x.svs"], "Give run.toml, or one slide, or --cohort"),
+        (["run", "x.svs", "-m", "b", "-o", "o", "--modality", "xray"], "modality"),
         (["walk"], "No such command"),
         (["run", "x.toml", "--tiles", "none", "--executor", "ray"], "--executor, --tiles beside it would be ignored"),
         (["run", "x.svs", "-m", "b", "-o", "o", "--address", "h:1"], "--address needs --executor ray"),
@@ -65,7 +66,7 @@ def test_a_dead_address_ends_with_4_in_one_line(capsys, marked, bundles, tmp_pat
 
 def test_one_slide_is_scored_verified_and_found_done(capsys, marked, bundles, tmp_path):
     slide, out = str(marked / "c.tif"), str(tmp_path / "out")
-    words = ["run", slide, "-m", str(bundles["aligned"]), "-o", out, "--workers", "1", "--min-tissue", "0"]
+    words = ["run", slide, "-m", str(bundles["aligned"]), "-o", out, "--workers", "1", "--modality", "tem"]
     code, said, _ = call(capsys, *words, "--json")
     assert code == 0
     assert json.loads(said) == {"out": out, "done": 1, "failed": 0, "refused": 0, "changed": True}
@@ -100,7 +101,7 @@ def test_what_nobody_planned_for_ends_with_70(capsys, monkeypatch):
 
 def test_a_flipped_byte_ends_verify_with_5(capsys, marked, bundles, tmp_path):
     out = tmp_path / "out"
-    call(capsys, "run", str(marked / "c.tif"), "-m", str(bundles["aligned"]), "-o", str(out), "--workers", "1")
+    call(capsys, "run", str(marked / "c.tif"), "-m", str(bundles["aligned"]), "-o", str(out), "--modality", "tem")
     path = next((out / "slides").rglob("tiles/c/0/0/0/0"))
     data = bytearray(path.read_bytes())
     data[100] ^= 4

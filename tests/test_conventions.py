@@ -15,8 +15,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     ["errors", "events", "geometry", "specs"],
-    ["storage", "identity", "cohort", "slides", "tissue", "grid", "stain", "objects", "metrics"],
-    ["annotations", "store", "profile", "prepare", "models", "tables", "lease"],
+    ["storage", "identity", "cohort", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
+    ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["pipeline"],
     ["execute", "aggregate"],
     ["accounting", "graph", "run", "results", "evaluate", "train", "explain"],
@@ -115,7 +115,7 @@ def test_doctests_of_the_light_modules_run():
     import importlib
 
     run = 0
-    for name in ("geometry", "specs", "storage", "store", "metrics", "annotations", "results", "phantoms"):
+    for name in ("geometry", "specs", "storage", "store", "metrics", "annotations", "results", "phantoms", "collect"):
         result = doctest.testmod(importlib.import_module(f"slideflow_ray.{name}"))
         assert result.failed == 0
         run += result.attempted

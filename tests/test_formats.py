@@ -369,6 +369,8 @@ def test_a_window_of_16_bit_uses_all_channels_and_survives_a_flat_image():
     assert (flat == 0).all()
     both = np.dstack([np.full((4, 4), 9, np.uint16), np.full((4, 4), 0, np.uint16)])
     assert (eight_bit(both)[0] == 255).all()  # transparent
+    both[..., 1] = 0x40FF  # black at a quarter: 0.253
+    assert (eight_bit(both)[0] == 191).all()
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):

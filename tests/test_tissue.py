@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from slideflow_ray.errors import MaskError
+from slideflow_ray.focus import focus, slide_focus
 from slideflow_ray.geometry import Level
 from slideflow_ray.phantoms import write_slide
 from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import TissueSpec
-from slideflow_ray.tissue import TissueMask, cleaned, find_tissue, fraction_in, otsu, stained, thumbnail
+from slideflow_ray.tissue import (
+    LEVEL0_PX,
+    TissueMask,
+    burnt_in,
+    cleaned,
+    find_tissue,
+    fraction_in,
+    mask_identity,
+    otsu,
+    stained,
+    thumbnail,
+)
 
 PINK, PURPLE, PALE, GLASS = (221, 160, 200), (120, 70, 150), (234, 220, 231), (243, 243, 245)
-INKS = {"blue": (60, 110, 200), "green": (60, 175, 95), "black": (40, 40, 42)}
+INKS = {"blue": (60, 110, 200), "green": (60, 175, 95), "black": (40, 40, 42), "red": (205, 35, 50)}
+MAGENTA, BROWN, COUNTERSTAIN = (190, 70, 150), (140, 95, 60), (205, 208, 228)
 
 
 class ArrayReader:
@@ -147,10 +162,9 @@ def test_grey_silver_tissue_is_found():
     ("rule", "modality", "expected"),
     [
         ("auto", "he", "he"),
-        ("auto", "pas", "he"),
-        ("auto", "silver", "he"),
-        ("auto", "ihc", "he"),
-        ("auto", "tem", "everything"),
+        ("auto", "pas", "pas"),
+        ("auto", "silver", "silver"),
+        ("auto", "ihc", "ihc"),
         ("auto", "mri", "everything"),
         ("he", "tem", "he"),
         ("everything", "he", "everything"),
@@ -163,6 +177,243 @@ def test_rules(rule, modality, expected):
     assert found.mask.dtype == bool
     assert found.px0_per_px == (2.0, 2.0)
     assert found.mask.all() == (expected == "everything")
+
+
+@pytest.mark.parametrize(
+    ("modality", "colours"),
+    [
+        ("pas", (MAGENTA, PURPLE, (226, 200, 220))),
+        ("ihc", (BROWN, COUNTERSTAIN, (190, 150, 120))),
+        ("silver", ((60, 58, 62), (150, 150, 151), (190, 205, 196), PALE)),
+    ],
+)
+def test_every_stain_is_found_with_its_counterstain(modality, colours):
+    for colour in colours:
+        rgb = painted(80, 120)
+        paint(rgb, (20, 60, 30, 90), colour, noise=1)
+        found = find_tissue(ArrayReader(rgb), TissueSpec(), modality)
+        assert found.rule == modality
+        assert found.mask[22:58, 32:88].all(), colour
+        assert not found.mask[:17].any()
+
+
+@pytest.mark.parametrize("modality", ["he", "pas"])
+def test_blood_and_eosin_are_no_red_ink(modality):
+    for colour in ((190, 70, 95), (170, 60, 80), (205, 95, 120), (200, 70, 150), MAGENTA):
+        rgb = painted(80, 120)
+        paint(rgb, (20, 60, 30, 90), colour, noise=3)
+        assert find_tissue(ArrayReader(rgb), TissueSpec(), modality).mask[22:58, 32:88].all(), colour
+
+
+def test_why_there_is_no_tissue():
+    def reason(rgb, modality="he"):
+        found = find_tissue(ArrayReader(rgb), TissueSpec(), modality)
+        assert not found.mask.any()
+        return found.reason
+
+    rgb = painted(80, 120)
+    assert reason(rgb) == "no pixel is stained"
+    paint(rgb, (20, 26, 60, 66), PINK)
+    assert reason(rgb) == "every stained piece is smaller than 4000 um2"
+    rgb = painted(80, 120)
+    paint(rgb, (20, 30, 10, 110), INKS["blue"], noise=4)
+    assert reason(rgb) == "what is stained is pen or a black area"
+    paint(rgb, (50, 75, 20, 90), PINK)
+    assert find_tissue(ArrayReader(rgb), TissueSpec(), "he").reason == ""
+
+
+# micrographs
+
+
+def micrograph(h=600, w=900, seed=0):
+    """Grey noise over smooth structures, with a bright lumen that is no label."""
+    rng = np.random.default_rng(seed)
+    grey = ndimage.gaussian_filter(rng.normal(0, 1, (h, w)), 6) * 400 + 120 + rng.normal(0, 8, (h, w))
+    y, x = np.ogrid[:h, :w]
+    grey[((y - h + 40) / 30) ** 2 + ((x - 200) / 150) ** 2 < 1] = 255
+    return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def write_label(rgb, box, paper, text="HV 80 kV   x 11,500   gyp"):
+    y0, y1, x0, x1 = box
+    label = Image.new("RGB", (x1 - x0, y1 - y0), (paper,) * 3)
+    ImageDraw.Draw(label).text((2, 0), text, fill=(255 - paper,) * 3, font_size=(y1 - y0) * 0.8)
+    rgb[y0:y1, x0:x1] = np.asarray(label)
+
+
+@pytest.mark.parametrize("paper", [0, 255])
+@pytest.mark.parametrize("box", [(560, 600, 0, 900), (0, 40, 0, 900), (570, 590, 500, 800), (10, 30, 30, 300)])
+def test_burnt_in_labels_are_no_tissue(box, paper):
+    rgb = micrograph()
+    assert not burnt_in(rgb).any()
+    write_label(rgb, box, paper)
+    found = find_tissue(ArrayReader(rgb, mpp0=0.002), TissueSpec(), "tem")
+    assert found.rule == "micrograph"
+    wanted = np.zeros(rgb.shape[:2], bool)
+    wanted[max(0, box[0] - 2) : box[1] + 2, max(0, box[2] - 2) : box[3] + 2] = True
+    np.testing.assert_array_equal(~found.mask, wanted)
+
+
+def test_a_strip_that_touches_a_bright_lumen_is_found_at_either_edge():
+    rgb = micrograph()
+    write_label(rgb, (560, 600, 0, 900), 255)
+    for picture in (rgb, rgb[::-1]):
+        found = burnt_in(picture).all(axis=1)
+        assert np.count_nonzero(found) == np.count_nonzero(burnt_in(picture)) / 900 == 42
+
+
+def test_a_bar_in_the_middle_of_a_micrograph_is_structure():
+    rgb = micrograph()
+    rgb[300:320, 100:700] = 255
+    assert not burnt_in(rgb).any()
+
+
+@pytest.mark.data
+def test_the_labels_of_a_real_micrograph(data):
+    with open_slide(str(data / "tem/A1--0024.jpg"), mpp=0.002, modality="tem") as reader:
+        found = find_tissue(reader, TissueSpec(), "tem")
+        assert slide_focus(reader, found) > 0
+    assert found.mask.shape == (668, 1024)
+    boxes = ndimage.find_objects(ndimage.label(~found.mask)[0])
+    assert [(b[1].start // 10, b[1].stop // 10) for b in boxes] == [(66, 96), (27, 43)]
+    assert found.mask.mean() > 0.98
+
+
+# copies of one slide
+
+
+def test_copies_with_other_pyramids_have_one_mask():
+    rng = np.random.default_rng(0)
+    rgb = painted(640, 900)
+    for _ in range(40):
+        y, x = rng.integers(0, 560), rng.integers(0, 800)
+        paint(rgb, (y, y + 70, x, x + 90), PALE, noise=5)
+    masks = [find_tissue(ArrayReader(rgb, mpp0=0.9, levels=n), TissueSpec(), "he").mask for n in (1, 3)]
+    np.testing.assert_array_equal(*masks)
+    wide = ArrayReader(rgb, mpp0=0.9, levels=3)
+    thumbnail(wide, (101, 72), level0_px=rgb.shape[0] * rgb.shape[1] - 1)
+    assert wide.largest < 300 * 300  # a larger slide is read from a coarser level
+    assert LEVEL0_PX >= 2220 * 2967
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["cmu1small.ome.zarr.zip", "cmu1small_dicom"])
+def test_the_lossless_copies_of_a_real_slide_have_one_mask_and_one_focus(data, name):
+    found = []
+    for uri in ("CMU-1-Small-Region.svs", name):
+        with open_slide(str(data / "slides" / uri)) as reader:
+            tissue = find_tissue(reader, TissueSpec(), "he")
+            found.append((tissue.mask, slide_focus(reader, tissue)))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+# user masks
+
+
+def mask_of(path, pixels, **how):
+    Image.fromarray(pixels).save(path, **how)
+    return str(path)
+
+
+def test_a_users_mask_is_taken_as_it_is(tmp_path):
+    truth = np.zeros((30, 50), bool)
+    truth[3:20, 7:31] = True
+    truth[25, 40] = True  # a speck stays
+    reader = ArrayReader(painted(600, 1000), mpp0=0.5)
+    colours = np.zeros((30, 50, 4), np.uint8)
+    colours[..., 3] = 255
+    colours[truth, 1] = 9
+    palette = Image.fromarray(truth.astype(np.uint8), "P")
+    palette.putpalette([200, 10, 10, 0, 0, 0])  # index 1 is black: the index counts
+    palette.save(tmp_path / "p.png")
+    tifffile.imwrite(tmp_path / "bits.tif", truth, photometric="minisblack", metadata=None)
+    uris = [
+        mask_of(tmp_path / "bits.png", truth),
+        mask_of(tmp_path / "m.png", truth.astype(np.uint8)),
+        mask_of(tmp_path / "deep.png", truth.astype(np.uint16) * 300),
+        mask_of(tmp_path / "m.tif", truth.astype(np.uint8) * 255, compression="tiff_lzw"),
+        mask_of(tmp_path / "c.png", colours),
+        str(tmp_path / "p.png"),
+        str(tmp_path / "bits.tif"),
+    ]
+    for uri in uris:
+        found = find_tissue(reader, TissueSpec(), "he", uri)
+        np.testing.assert_array_equal(found.mask, truth, err_msg=uri)
+        assert (found.rule, found.px0_per_px, found.reason) == ("user", (20.0, 20.0), "")
+    assert len({mask_identity(uri) for uri in uris}) == len(uris)
+    empty = find_tissue(reader, TissueSpec(), "he", mask_of(tmp_path / "none.png", truth & False))
+    assert empty.reason == "the user's mask is all zero"
+
+
+def test_a_mask_of_another_shape_or_no_mask_is_refused(tmp_path):
+    reader = ArrayReader(painted(600, 1001), mpp0=0.5)
+    fits = [(50, 30), (51, 30), (1001, 600), (2002, 1200), (100, 60), (63, 38)]
+    for w, h in fits:
+        uri = mask_of(tmp_path / "m.png", np.ones((h, w), np.uint8))
+        assert find_tissue(reader, TissueSpec(), "he", uri).mask.all()
+    for w, h in ((30, 50), (50, 50), (53, 30), (1001, 620)):
+        uri = mask_of(tmp_path / "m.png", np.ones((h, w), np.uint8))
+        with pytest.raises(MaskError, match=f"{w} x {h} pixels"):
+            find_tissue(reader, TissueSpec(), "he", uri)
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("text.png", "nowhere.png", "."):
+        with pytest.raises(MaskError, match=r"E_MASK.*mask"):
+            find_tissue(reader, TissueSpec(), "he", str(tmp_path / name))
+    with pytest.raises(MaskError, match="There is no mask"):
+        mask_identity(str(tmp_path / "nowhere.png"))
+
+
+# focus
+
+
+def blurred(rgb, sigma):
+    return np.stack([ndimage.gaussian_filter(rgb[..., c].astype(float), sigma) for c in range(3)], 2).round()
+
+
+def test_focus_falls_with_every_blur(data):
+    tiles = [np.asarray(Image.open(p).convert("RGB")) for p in sorted((data / "tiles_nctcrc").glob("*.tif"))]
+    assert len(tiles) == 9
+    for tile in tiles:
+        if tile.std() < 12:
+            continue  # background
+        scores = focus(np.stack([tile, *(blurred(tile, s).astype(np.uint8) for s in (0.5, 1, 1.5, 2, 3))]))
+        assert scores.dtype == np.float32
+        assert (np.diff(scores) < 0).all(), scores
+
+
+def test_focus_knows_no_brightness_no_direction_and_hardly_contrast():
+    rgb = blurred(np.random.default_rng(0).integers(0, 256, (90, 90, 3)), 1.5)
+    rgb = (rgb - rgb.mean()) / rgb.std() * 30 + 120
+    tile = np.clip(rgb, 0, 255).astype(np.uint8)
+    same, lower = np.clip(rgb + 40, 0, 255), np.clip((rgb - 120) * 0.7 + 120, 0, 255)
+    score, bright, turned, pale, flat = focus(
+        np.stack([tile, same, np.rot90(tile), lower, np.full_like(tile, 93)]).astype(np.uint8)
+    )
+    assert bright == pytest.approx(score, rel=0.02)
+    assert turned == pytest.approx(score, rel=1e-5)
+    assert pale == pytest.approx(score, rel=0.15)
+    assert flat == 0
+    grey = tile.astype(float) @ (0.299, 0.587, 0.114)
+    laplacian = ndimage.laplace(grey)[1:-1, 1:-1]
+    assert score == pytest.approx(laplacian.var() / (grey.var() + 25), rel=1e-4)
+    checks = np.repeat((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None], 3, 2)
+    assert 63 < focus(checks[None])[0] <= 64
+
+
+def test_a_slides_focus_is_that_of_its_tissue(tmp_path):
+    sharp = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3)).astype(np.uint8)
+    half = sharp.copy()
+    half[:, 1000:] = blurred(sharp[:, 1000:], 2)
+    left, right = np.zeros((2, 30, 40), bool)
+    left[:, :14], right[:, 26:] = True, True
+    reader = ArrayReader(half, mpp0=0.5)
+    high, low = (slide_focus(reader, TissueMask(m, (50.0, 50.0), "he")) for m in (left, right))
+    assert high > 10 > 1 > low > 0
+    assert slide_focus(reader, TissueMask(left & False, (50.0, 50.0), "he")) is None
+    assert reader.largest <= 2048 * 1500
+    fine = ArrayReader(half, mpp0=0.002)  # a micrograph is sampled at its own scale
+    assert slide_focus(fine, TissueMask(left, (50.0, 50.0), "he")) == high
 
 
 # thumbnail

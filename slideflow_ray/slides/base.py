@@ -264,13 +264,14 @@ def pyramid(sizes: Sequence[tuple[int, int]]) -> dict[int, Level]:
     last = size_px0
     for index, size in enumerate(sizes[1:], start=1):
         smaller = min(size) >= 1 and size[0] <= last[0] and size[1] <= last[1] and size != last
-        if smaller and _same_shape(size_px0, size):
+        if smaller and same_shape(size_px0, size):
             levels[index] = Level(size, level_downsample(size_px0, size))
             last = size
     return levels
 
 
-def _same_shape(size_px0: tuple[int, int], size: tuple[int, int]) -> bool:
+def same_shape(size_px0: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Return whether one factor explains both sides of `size`, each rounded up or down by a pixel at most."""
     lows = [whole / (part + 1) for whole, part in zip(size_px0, size, strict=True)]
     highs = [whole / max(part - 1, 0.5) for whole, part in zip(size_px0, size, strict=True)]
     return max(lows) <= min(highs)

@@ -180,12 +180,12 @@ def _tiff_header(uri: str, path: Path) -> tuple[tuple[int, int], tuple[object, o
         size = (int(page.imagewidth), int(page.imagelength))
         check_size(uri, size, path.stat().st_size)
         _check_plain(uri, size)
-        if page.dtype not in (np.uint8, np.uint16) or page.samplesperpixel > 4:
+        if len(series.pages) > 1 or page.imagedepth > 1:
+            raise NotASlide(f"{uri} is a stack of {len(series.pages)} pages; one image would do.")
+        if page.dtype not in (np.bool_, np.uint8, np.uint16) or page.samplesperpixel > 4:
             raise NotASlide(
                 f"{uri} has {page.samplesperpixel} channels of {page.dtype}; 1 to 4 of 8 or 16 bit would do."
             )
-        if len(series.pages) > 1 or page.imagedepth > 1:
-            raise NotASlide(f"{uri} is a stack of {len(series.pages)} pages; one image would do.")
         unit = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}.get(int(page.tags.valueof("ResolutionUnit", 2)))
         ends = [page.tags.valueof(name) for name in ("XResolution", "YResolution")]
     if unit is None or any(not end or not end[0] for end in ends):
@@ -194,6 +194,26 @@ def _tiff_header(uri: str, path: Path) -> tuple[tuple[int, int], tuple[object, o
 
 
 # pixels
+
+
+def read_labels(uri: str, path: Path) -> Raw:
+    """Return a plain PNG or TIFF as it is stored, (h, w): palette indices, 16-bit values, the largest of the colours.
+
+    Alpha is left out. Raises NotASlide (another format), BadDimensions.
+    """
+    kind = check_file(path)
+    if kind not in ("png", "tiff"):
+        raise NotASlide(f"{uri} is neither PNG nor TIFF.")
+    _header(uri, path, kind)
+    if kind == "tiff":
+        raw = _tiff_pixels(path, indices=True)
+    else:
+        with Image.open(path, formats=("PNG",)) as image:
+            raw = np.asarray(image)
+    if raw.ndim == 2:
+        return raw
+    largest: Raw = raw[..., : raw.shape[2] - (raw.shape[2] in (2, 4))].max(axis=2)
+    return largest
 
 
 def _first(file: Any) -> Any:
@@ -211,14 +231,19 @@ def _pillow_pixels(path: Path, kind: Kind) -> Raw:
         return np.asarray(image.convert("RGBA" if clear else "RGB"))
 
 
-def _tiff_pixels(path: Path) -> Raw:
-    """Return the first page's pixels, (h, w) or (h, w, channels), palettes and inverted greys resolved."""
+def _tiff_pixels(path: Path, *, indices: bool = False) -> Raw:
+    """Return the first page's pixels, (h, w) or (h, w, channels); inverted greys and palettes are resolved.
+
+    With `indices` a palette's indices stay.
+    """
     import tifffile
 
     with tifffile.TiffFile(path) as file:
         page = _first(file)
         raw = np.asarray(page.asarray())
-        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        if raw.dtype == np.bool_:
+            raw = raw.astype(np.uint8) * 255
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not indices:
             palette: Raw = np.moveaxis(np.asarray(page.colormap), 0, -1) >> 8
             return palette.astype(np.uint8)[raw]
         if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
