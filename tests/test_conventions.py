@@ -17,9 +17,9 @@ LAYERS = [
     ["errors", "events", "geometry", "specs"],
     ["storage", "identity", "cohort", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
-    ["pipeline"],
+    ["packs", "pipeline"],
     ["execute", "aggregate"],
-    ["accounting", "graph", "run", "results", "evaluate", "train", "explain"],
+    ["accounting", "graph", "units", "run", "results", "evaluate", "train", "explain"],
     ["report", "export", "web", "nightly", "submit", "progress", "doctor", "demo"],
     ["cli"],
 ]
