@@ -364,6 +364,7 @@ def connect(spec: ExecutorSpec) -> bool:
     The address is always explicit, because a bare ``ray.init()`` joins whatever cluster it finds.
     """
     if ray.is_initialized():
+        _check_joined(spec.address)
         return False
     address = spec.address or os.environ.get("RAY_ADDRESS") or "local"
     _check_reachable(address)
@@ -376,6 +377,18 @@ def connect(spec: ExecutorSpec) -> bool:
         raise InfrastructureError(f"No Ray at {address}: {error}") from error
     _protect_token()
     return True
+
+
+def _check_joined(address: str | None) -> None:
+    """Refuse to run on the cluster that this process has joined where another one is named."""
+    joined = ray.get_runtime_context().gcs_address
+    if address in (None, "auto", "local", joined) or address.startswith("ray://"):
+        return
+    _check_reachable(address)
+    raise InfrastructureError(
+        f"This process has joined the Ray at {joined}; {address} is another.",
+        next_step="Leave --address out, or start a process for the other cluster.",
+    )
 
 
 def _check_reachable(address: str) -> None:
