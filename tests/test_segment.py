@@ -115,7 +115,7 @@ def one_piece(scorer: Scorer, whole: np.ndarray) -> np.ndarray:
 def test_tiles_with_enough_halo_are_one_piece_bit_for_bit(levels: int, tile: int, halo: int, precision: str) -> None:
     net = network(levels=levels)
     of = card(arguments={"levels": levels, "width": 8}, stride=net.stride, radius=net.radius, halo=halo, tile_px=tile)
-    scorer = make_scorer(of, net, profile(precision))
+    scorer = make_scorer(of, net, profile(precision, micro_batch=16))
     whole = laid_out(image(2 * of.core_px - 7, 3 * of.core_px - 31), of.core_px, halo)
     want = one_piece(scorer, whole)
     plane = in_tiles(scorer, whole)
@@ -180,13 +180,12 @@ def test_a_loaded_bundle_gives_the_same_masks(tmp_path: Path) -> None:
     assert load_scorer(folder, profile("bf16")).masks(tiles(2)).tobytes() == want.tobytes()
 
 
-@pytest.mark.parametrize(
-    ("tile", "tiles_of_16", "tiles_of_256"), [(112, 16, 256), (256, 16, 256), (512, 4, 64), (4096, 1, 1)]
-)
-def test_large_tiles_go_through_in_small_numbers(tile: int, tiles_of_16: int, tiles_of_256: int) -> None:
-    of = card(tile_px=tile)
-    assert tiles_per_pass(of, profile(micro_batch=16)) == tiles_of_16
-    assert tiles_per_pass(of, profile(micro_batch=256)) == tiles_of_256
+@pytest.mark.parametrize(("tile", "on_a_cpu", "on_a_gpu"), [(112, 8, 256), (256, 8, 256), (512, 4, 64), (4096, 1, 1)])
+def test_large_tiles_go_through_in_small_numbers(tile: int, on_a_cpu: int, on_a_gpu: int) -> None:
+    of, here = card(tile_px=tile), profile(micro_batch=16)
+    assert tiles_per_pass(of, here) == on_a_cpu
+    assert tiles_per_pass(of, here.model_copy(update={"device": "cuda", "micro_batch": 256})) == on_a_gpu
+    assert tiles_per_pass(classifier("small-cnn", tile_px=tile), here) == 16
 
 
 def test_no_tiles_give_no_masks() -> None:

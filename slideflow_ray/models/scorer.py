@@ -33,6 +33,13 @@ Network = Callable[[torch.Tensor], torch.Tensor]
 MICRO_BATCH_SIDE = 256
 """A profile's micro-batch counts tiles of this side; activations of larger tiles for segmentation would not fit."""
 
+SEGMENT_TILES = {"cpu": 8, "cuda": 256}
+"""The most tiles of a segmentation at once.
+
+With one thread torch gives fp32 1x1 convolutions of 16 tiles or more to oneDNN and fewer to its own
+product, and the two round differently (1e-6): with 8, tiles have the bits of one piece.
+"""
+
 
 def pin_threads(threads: int = 1) -> None:
     """Give the calling thread `threads` torch threads; each thread that scores needs it, for the number is its own."""
@@ -47,7 +54,8 @@ def tiles_per_pass(card: BundleCard, profile: ComputeProfile) -> int:
     """
     if card.task != "segment":
         return profile.micro_batch
-    return max(1, min(profile.micro_batch, profile.micro_batch * MICRO_BATCH_SIDE**2 // card.tile_px**2))
+    fit = profile.micro_batch * MICRO_BATCH_SIDE**2 // card.tile_px**2
+    return max(1, min(fit, profile.micro_batch, SEGMENT_TILES[profile.device]))
 
 
 def to_margins(logits: torch.Tensor, task: Task) -> torch.Tensor:
