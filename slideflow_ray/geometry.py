@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,18 @@ def origins_px0(n: int, stride_px: float, scale: float) -> npt.NDArray[np.int64]
     [0, 2, 5]
     """
     return np.rint(np.arange(n) * (stride_px * scale)).astype(np.int64)
+
+
+def plane_to_px0(
+    xy_px: npt.NDArray[Any], px0_per_px: tuple[float, float], origin_px0: tuple[int, int] = (0, 0)
+) -> npt.NDArray[np.float64]:
+    """Return points (x, y) of a plane whose pixels cover `px0_per_px` (x, y) px0 in px0, float64, same shape.
+
+    >>> plane_to_px0(np.array([[3, 2]]), (4.0, 8.0), (100, 0)).tolist()
+    [[112.0, 16.0]]
+    """
+    points: npt.NDArray[np.float64] = xy_px * np.asarray(px0_per_px, np.float64) + np.asarray(origin_px0)
+    return points
 
 
 def cells_along(length_px0: int, stride_px: float, scale: float) -> int:

@@ -207,3 +207,75 @@ def test_a_card_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> 
 
 def test_one_class_is_enough_for_multilabel() -> None:
     assert card(task="multilabel", classes=("deposit",)).n_classes == 1
+
+
+SEGMENT: dict[str, Any] = {
+    "task": "segment",
+    "architecture": "unet",
+    "tile_px": 512,
+    "stride": 16,
+    "radius": 107,
+    "halo": 112,
+}
+
+
+def test_a_segmentation_keeps_the_core_of_its_tiles(tmp_path: Path) -> None:
+    of = card(**SEGMENT)
+    assert of.core_px == 288
+    assert card().core_px == 64
+    assert read_card(write_bundle(tmp_path / "demo", of, state())) == of
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"halo": None}, "needs stride and halo"),
+        ({"stride": None}, "needs stride and halo"),
+        ({"halo": 120}, "halo 120 is no multiple of stride 16; nearest: 112 or 128"),
+        ({"tile_px": 500}, "core of 276 px is no multiple of stride 16; nearest tile_px: 496 or 512"),
+        ({"tile_px": 224}, "leaves no core"),
+        ({"halo": 96}, "halo of 96 against a radius of 107 leaves seams: state `seam`"),
+        ({"radius": None}, "no known radius leaves seams"),
+        ({"seam": {"halo": 96, "max_probability_difference": 0, "argmax_share": 0}}, "measured with a halo of 96"),
+        ({"seam": {"halo": 112, "max_probability_difference": 2, "argmax_share": 0}}, "max_probability_difference"),
+        ({"classes": ["tuft"]}, "at least 2 classes"),
+        ({"classes": [str(i) for i in range(256)]}, "at most 255 classes, got 256"),
+        ({"architecture": "small-cnn"}, "small-cnn gives one row per tile, which is not task 'segment'"),
+        ({"task": "classify", "architecture": "timm:resnet18"}, "halo, radius, stride belong to task 'segment'"),
+        ({"task": "classify"}, "unet gives a class per pixel, which is not task 'classify'"),
+        ({"architecture": "smp:"}, "unknown architecture 'smp:'"),
+    ],
+)
+def test_a_segmentation_that_would_have_seams_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BundleCard.parse({**VALUES, **SEGMENT, **changes}, "bundle.json")
+
+
+def test_a_halo_short_of_the_radius_needs_its_measured_seam() -> None:
+    seam = {"halo": 64, "max_probability_difference": 0.02, "argmax_share": 0.001}
+    of = card(**{**SEGMENT, "architecture": "smp:Unet", "radius": None, "halo": 64, "seam": seam})
+    assert of.seam is not None
+    assert of.seam.argmax_share == 0.001
+
+
+def test_the_forward_digest_leaves_a_segmentations_statements_out(tmp_path: Path) -> None:
+    before = forward_digest(write_bundle(tmp_path / "one", card(**SEGMENT), state()))
+    other = card(**{**SEGMENT, "tile_px": 768, "halo": 128, "radius": 128, "stride": 32})
+    assert forward_digest(write_bundle(tmp_path / "two", other, state())) == before
+    deeper = card(**{**SEGMENT, "arguments": {"levels": 3}})
+    assert forward_digest(write_bundle(tmp_path / "three", deeper, state())) != before
+
+
+def test_a_card_says_nothing_of_what_its_task_has_not(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "demo", card(), state())
+    assert not {"stride", "radius", "halo", "seam"} & set(json.loads((folder / "bundle.json").read_text()))
+
+
+def test_an_encoder_has_no_classes() -> None:
+    assert card(task="features", classes=()).n_classes == 0
+    with pytest.raises(ValueError, match="at most 0 classes, got 2"):
+        card(task="features")
+    with pytest.raises(ValueError, match="torchvision has no encoders without classes"):
+        card(task="features", classes=(), architecture="torchvision:resnet18")
+    with pytest.raises(ValueError, match="at least 2 classes, got 0"):
+        card(classes=())

@@ -37,7 +37,8 @@ HEAVY = {
     "matplotlib": {"report.py", "plots.py"},
     "jinja2": {"report.py"},
     "pyarrow": {"tables.py"},
-    "shapely": {"annotations.py"},
+    "shapely": {"annotations.py", "objects.py"},
+    "segmentation_models_pytorch": {"models/networks.py"},
     "sklearn": {"train/loop.py"},
 }
 

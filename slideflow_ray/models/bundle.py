@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from slideflow_ray.errors import BundleError, ConfigError
-from slideflow_ray.specs import Positive, Spec, digest
+from slideflow_ray.specs import Fraction, Positive, Spec, digest
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +25,14 @@ if TYPE_CHECKING:
 SCHEMA = 1
 CARD = "bundle.json"
 WEIGHTS = "weights.safetensors"
-OURS = ("small-cnn",)
+OURS = ("small-cnn", "unet")
 """Architectures of our own, by the name that a card gives them."""
+
+Task = Literal["classify", "multilabel", "segment", "features"]
+"""What a bundle gives. "features" is an encoder without classes; classify and multilabel give features too."""
+
+NOT_SCORED = 255
+"""The value of a mask where no model has looked; classes are 0 to 254."""
 
 OURS_TO_SET = frozenset(
     [
@@ -45,11 +51,31 @@ OURS_TO_SET = frozenset(
         "in_chans",
         "n_classes",
         "channels",
+        "encoder_weights",
+        "in_channels",
+        "classes",
+        "activation",
+        "aux_params",
     ]
 )
 """Arguments that a card may not give: they would download or unpickle, or they follow from the card."""
 
+CLASSES = {"classify": (2, 100_000), "multilabel": (1, 100_000), "segment": (2, NOT_SCORED), "features": (0, 0)}
+"""The fewest and most classes of each task."""
+
 Channel = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class SeamError(Spec):
+    """How far masks computed in tiles are from those of one piece; a measurement, no exception.
+
+    halo : px on each side of the tiles that were compared; max_probability_difference : of any class at
+    any pixel; argmax_share : pixels whose class differs, 0..1. Made by `models.seam.measure_seam`.
+    """
+
+    halo: Annotated[int, Field(ge=0)]
+    max_probability_difference: Fraction
+    argmax_share: Fraction
 
 
 class BundleCard(Spec):
@@ -60,19 +86,29 @@ class BundleCard(Spec):
     `mean` and `std` are those of red, green and blue scaled to 0..1, as training used them.
     `precision` "auto" follows the compute profile; "fp32" is for a network that bf16 harms.
     `arguments` go to the architecture's constructor.
+
+    For task "segment", in px of the tile: `stride`, by which the network divides its input in all (its grid
+    of pixels repeats so often); `radius`, how far from an output pixel an input pixel can matter (None
+    where there is no bound); `halo`, what a tile carries on each side beside its core. Tiles whose
+    origins are multiples of the stride and whose halo is at least the radius give the masks of one
+    piece; for others the measured `seam` must be stated.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    task: Literal["classify", "multilabel"]
+    task: Task
     architecture: str
     arguments: dict[str, JsonValue] = Field(default={})
-    classes: tuple[Annotated[str, Field(min_length=1)], ...]
+    classes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     tile_px: Annotated[int, Field(ge=8, le=4096)]
     mpp: Annotated[float, Field(gt=0, le=1000)] | None = None
     whole: Literal["squash", "pad"] | None = None
+    stride: Annotated[int, Field(ge=1)] | None = None
+    radius: Annotated[int, Field(ge=0)] | None = None
+    halo: Annotated[int, Field(ge=0)] | None = None
+    seam: SeamError | None = None
     channels: Literal[3] = 3
     mean: tuple[Channel, Channel, Channel]
     std: tuple[Positive, Positive, Positive]
@@ -84,11 +120,12 @@ class BundleCard(Spec):
     @classmethod
     def _known_kind(cls, value: str) -> str:
         library, _, name = value.partition(":")
-        if value in OURS or (library in ("torchvision", "timm") and name):
+        if value in OURS or (library in ("torchvision", "timm", "smp") and name):
             return value
         near = get_close_matches(value, OURS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown architecture {value!r}{hint} Use {', '.join(OURS)}, torchvision:NAME or timm:NAME")
+        known = f"Use {', '.join(OURS)}, torchvision:NAME, timm:NAME or smp:NAME"
+        raise ValueError(f"unknown architecture {value!r}{hint} {known}")
 
     @field_validator("arguments")
     @classmethod
@@ -105,22 +142,80 @@ class BundleCard(Spec):
 
     @model_validator(mode="after")
     def _classes_fit_the_task(self) -> BundleCard:
-        least = 2 if self.task == "classify" else 1
-        if len(self.classes) < least:
-            raise ValueError(f"task {self.task!r} needs at least {least} classes, got {len(self.classes)}")
+        least, most = CLASSES[self.task]
+        if not least <= len(self.classes) <= most:
+            bound = f"at least {least}" if len(self.classes) < least else f"at most {most}"
+            raise ValueError(f"task {self.task!r} needs {bound} classes, got {len(self.classes)}")
         if len(set(self.classes)) < len(self.classes):
             twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
             raise ValueError(f"classes stand twice: {', '.join(twice)}")
         return self
 
+    @model_validator(mode="after")
+    def _architecture_fits_the_task(self) -> BundleCard:
+        dense = self.architecture == "unet" or self.architecture.startswith("smp:")
+        if dense != (self.task == "segment"):
+            gives = "a class per pixel" if dense else "one row per tile"
+            raise ValueError(f"{self.architecture} gives {gives}, which is not task {self.task!r}")
+        if self.task == "features" and self.architecture.startswith("torchvision:"):
+            raise ValueError('torchvision has no encoders without classes; use timm:NAME, or task "classify"')
+        return self
+
+    @model_validator(mode="after")
+    def _tiles_fit_the_network(self) -> BundleCard:
+        said = {name for name in ("stride", "radius", "halo", "seam") if getattr(self, name) is not None}
+        if self.task != "segment":
+            if said:
+                raise ValueError(f"{', '.join(sorted(said))} belong to task 'segment', not {self.task!r}")
+            return self
+        if self.stride is None or self.halo is None:
+            raise ValueError("task 'segment' needs stride and halo (and radius, where the network has one)")
+        _check_core(self.tile_px, self.halo, self.stride)
+        _check_seam(self.halo, self.radius, self.seam)
+        return self
+
     @property
     def n_classes(self) -> int:
-        """The columns of a row of margins."""
+        """The columns of a row of margins, or the classes of a pixel; 0 for an encoder."""
         return len(self.classes)
+
+    @property
+    def core_px(self) -> int:
+        """The side of what a tile's mask keeps: the tile without its halo."""
+        return self.tile_px - 2 * (self.halo or 0)
 
     def to_json(self) -> str:
         """Return the text of bundle.json."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"
+        values = self.model_dump(mode="json", by_alias=True)
+        said = {key: value for key, value in values.items() if value is not None}
+        return json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+
+
+def _check_core(tile_px: int, halo: int, stride: int) -> None:
+    if halo % stride:
+        raise ValueError(f"halo {halo} is no multiple of stride {stride}; nearest: {_nearest(halo, stride)}")
+    core = tile_px - 2 * halo
+    if core <= 0:
+        raise ValueError(f"tile_px {tile_px} with a halo of {halo} on each side leaves no core")
+    if core % stride:
+        near = _nearest(core, stride, 2 * halo)
+        raise ValueError(f"the core of {core} px is no multiple of stride {stride}; nearest tile_px: {near}")
+
+
+def _nearest(value: int, stride: int, more: int = 0) -> str:
+    below = value // stride * stride
+    return " or ".join(str(n + more) for n in (below, below + stride) if n + more > 0)
+
+
+def _check_seam(halo: int, radius: int | None, seam: SeamError | None) -> None:
+    if seam is not None and seam.halo != halo:
+        raise ValueError(f"the seam was measured with a halo of {seam.halo}, the card says {halo}; measure it again")
+    if seam is None and (radius is None or halo < radius):
+        against = "no known radius" if radius is None else f"a radius of {radius}"
+        raise ValueError(
+            f"a halo of {halo} against {against} leaves seams: state `seam`, as models.seam.measure_seam "
+            "measures it, or use a halo of at least the radius"
+        )
 
 
 def read_card(folder: str | Path) -> BundleCard:
@@ -194,8 +289,9 @@ def load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 def forward_digest(folder: str | Path) -> str:
     """Return 12 hex digits of what changes margins: the weights' bytes and the card's part in the forward pass.
 
-    Names, licence and description are outside, so renaming a class keeps its scores. `tile_px` and `mpp`
-    are outside too: they shape the grid, whose own digest stands beside this one in every node's name.
+    Names, licence and description are outside, so renaming a class keeps its scores. `tile_px`, `mpp` and
+    `halo` are outside too: they shape the grid, whose own digest stands beside this one in every node's
+    name. `stride`, `radius` and `seam` are statements about the network that change nothing.
     """
     card = read_card(folder)
     with weights_path(folder).open("rb") as file:

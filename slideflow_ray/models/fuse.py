@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from slideflow_ray.models.networks import find_head
+from slideflow_ray.models.networks import find_head, replace
 
 FOLD_TOLERANCE = 1e-3
 """Largest change of a logit, relative to the largest logit, that counts as rounding."""
@@ -31,11 +31,13 @@ class Fp32Head(nn.Module):
 
 def with_precision(net: nn.Module, n_classes: int, dtype: torch.dtype) -> nn.Module:
     """Cast the trunk to `dtype` in place and wrap the head so that it computes in fp32; returns the network."""
+    if n_classes == 0:
+        return net.to(dtype=dtype)
     name, head = find_head(net, n_classes)
     net.to(dtype=dtype)
     if head is net:
         return Fp32Head(net)
-    _replace(net, name, Fp32Head(head))
+    replace(net, name, Fp32Head(head))
     return net
 
 
@@ -89,12 +91,7 @@ def _fold(net: nn.Module, conv_name: str, norm_name: str) -> None:
     conv, norm = net.get_submodule(conv_name), net.get_submodule(norm_name)
     if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None):
         return
-    _replace(net, conv_name, fuse_conv_bn_eval(conv, norm))
+    replace(net, conv_name, fuse_conv_bn_eval(conv, norm))
     # timm's norms carry their activation; torch's carry nothing
     rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(part, nn.Module)]
-    _replace(net, norm_name, nn.Sequential(*rest) if rest else nn.Identity())
-
-
-def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(net.get_submodule(parent), last, module)
+    replace(net, norm_name, nn.Sequential(*rest) if rest else nn.Identity())

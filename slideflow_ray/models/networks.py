@@ -1,7 +1,8 @@
-"""Architectures by name: ours, torchvision's and timm's. Nothing here downloads or unpickles weights."""
+"""Architectures by name: ours, torchvision's, timm's and smp's. Nothing here downloads or unpickles weights."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -13,6 +14,7 @@ from torch import nn
 
 from slideflow_ray.errors import BundleError
 from slideflow_ray.models.bundle import OURS, OURS_TO_SET, BundleCard, load_weights, read_card
+from slideflow_ray.models.unet import Unet
 
 
 class SmallCnn(nn.Module):
@@ -32,10 +34,10 @@ class SmallCnn(nn.Module):
             _block(4 * width, 4 * width),
         )
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(4 * width, n_classes)
+        self.head = nn.Linear(4 * width, n_classes) if n_classes else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits of shape (n, n_classes) for input of shape (n, channels, T, T)."""
+        """Return logits of shape (n, n_classes) for input of shape (n, channels, T, T); features for no classes."""
         return cast(torch.Tensor, self.head(self.dropout(self.features(x).mean((2, 3)))))
 
 
@@ -45,7 +47,7 @@ def _block(inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn.Se
 
 
 def build(architecture: str, arguments: Mapping[str, Any], n_classes: int, channels: int = 3) -> nn.Module:
-    """Return the network with random weights and a head of `n_classes`, in training mode.
+    """Return the network with random weights and a head of `n_classes` (none for 0), in training mode.
 
     Raises BundleError for an unknown architecture (naming its neighbours) and for arguments that
     its constructor refuses.
@@ -55,7 +57,7 @@ def build(architecture: str, arguments: Mapping[str, Any], n_classes: int, chann
     make = _maker(architecture, n_classes, channels)
     try:
         return make(**arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "none"
         raise BundleError(f"{architecture} refuses its arguments ({given}): {error}.") from error
 
@@ -64,11 +66,15 @@ def _maker(architecture: str, n_classes: int, channels: int) -> Callable[..., nn
     library, _, name = architecture.partition(":")
     if architecture == "small-cnn":
         return lambda **more: SmallCnn(n_classes, channels, **more)
+    if architecture == "unet":
+        return lambda **more: Unet(n_classes, channels, **more)
     if library == "torchvision" and name:
         return _torchvision(name, n_classes, channels)
     if library == "timm" and name:
         return _timm(name, n_classes, channels)
-    raise _unknown(architecture, [*OURS, "torchvision:NAME", "timm:NAME"])
+    if library == "smp" and name:
+        return _smp(name, n_classes, channels)
+    raise _unknown(architecture, [*OURS, "torchvision:NAME", "timm:NAME", "smp:NAME"])
 
 
 def _torchvision(name: str, n_classes: int, channels: int) -> Callable[..., nn.Module]:
@@ -95,6 +101,25 @@ def _timm(name: str, n_classes: int, channels: int) -> Callable[..., nn.Module]:
     return lambda **more: timm.create_model(name, pretrained=False, num_classes=n_classes, in_chans=channels, **more)
 
 
+def _smp(name: str, n_classes: int, channels: int) -> Callable[..., nn.Module]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports timm, see above
+        import segmentation_models_pytorch as smp
+
+    known = {kind.__name__: kind for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+    if name not in known:
+        raise _unknown(f"smp:{name}", [f"smp:{one}" for one in known])
+
+    def make(**more: Any) -> nn.Module:
+        encoder = more.get("encoder_name", "")
+        if not isinstance(encoder, str) or ":" in encoder or "/" in encoder:
+            raise ValueError(f"encoder_name {encoder!r} would be fetched")
+        net: nn.Module = known[name](encoder_weights=None, in_channels=channels, classes=n_classes, **more)
+        return net
+
+    return make
+
+
 def _unknown(architecture: str, known: Iterable[str]) -> BundleError:
     near = get_close_matches(architecture, list(known), n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -117,19 +142,61 @@ def describe(architecture: str, arguments: Mapping[str, Any] | None = None, n_cl
 def find_head(net: nn.Module, n_classes: int) -> tuple[str, nn.Module]:
     """Return the classifier's dotted name and module: the last Linear (or 1x1 Conv2d) that gives `n_classes`.
 
-    Constructors register the classifier last and auxiliary ones before it, in torchvision and timm alike.
+    Constructors register the classifier last and auxiliary ones before it, in torchvision, timm and smp
+    alike; smp's segmentation head is the one that may be a larger convolution.
     Raises BundleError when there is none.
     """
-    heads = [(name, module) for name, module in net.named_modules() if _gives(module, n_classes)]
+    within = next((name for name, _ in net.named_children() if name == "segmentation_head"), "")
+    heads = [(name, module) for name, module in net.named_modules() if _gives(module, n_classes, within, name)]
     if not heads:
         raise BundleError(f"{type(net).__name__} has no linear layer with {n_classes} outputs.")
     return heads[-1]
 
 
-def _gives(module: nn.Module, n_classes: int) -> bool:
+def _gives(module: nn.Module, n_classes: int, within: str, name: str) -> bool:
+    if within and not name.startswith(f"{within}."):
+        return False
     if isinstance(module, nn.Linear):
         return module.out_features == n_classes
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.out_channels == n_classes
+    pointwise = isinstance(module, nn.Conv2d) and (bool(within) or module.kernel_size == (1, 1))
+    return pointwise and cast(nn.Conv2d, module).out_channels == n_classes
+
+
+def headless(net: nn.Module, n_classes: int) -> nn.Module:
+    """Return a network that gives what `net`'s head is given; both share their weights in memory.
+
+    Without classes that is `net` itself. Raises BundleError when there is no head.
+    """
+    if n_classes == 0:
+        return net
+    name, head = find_head(net, n_classes)
+    if head is net:
+        return nn.Identity()
+    shared = {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]}
+    copied = copy.deepcopy(net, shared)
+    replace(copied, name, nn.Identity())
+    return copied
+
+
+def replace(net: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the dotted `name` stands in `net`."""
+    parent, _, last = name.rpartition(".")
+    setattr(net.get_submodule(parent), last, module)
+
+
+def feature_dim(card: BundleCard) -> int:
+    """Return D, the features that a bundle of this card gives per tile; builds the network, without its weights.
+
+    Raises BundleError for a segmentation, and for a network whose head is not given one row per tile.
+    """
+    if card.task == "segment":
+        raise BundleError(f"{card.name} is a segmentation, which gives masks, not features.")
+    net = headless(build(card.architecture, card.arguments, card.n_classes, card.channels).eval(), card.n_classes)
+    with torch.inference_mode():
+        shape: tuple[int, ...] = tuple(net(torch.zeros(1, card.channels, card.tile_px, card.tile_px)).shape)
+    if len(shape) != 2:
+        raise BundleError(f"{card.architecture} gives features of shape {shape}, not one row per tile.")
+    return shape[1]
 
 
 def load_network(folder: str | Path) -> tuple[BundleCard, nn.Module]:
@@ -163,6 +230,8 @@ def fit_weights(net: nn.Module, state: Mapping[str, torch.Tensor], card: BundleC
 
 
 def _check_head(net: nn.Module, state: Mapping[str, torch.Tensor], card: BundleCard, where: str) -> None:
+    if card.n_classes == 0:
+        return
     name, _ = find_head(net, card.n_classes)
     weight = state.get(f"{name}.weight")
     if weight is not None and len(weight) != card.n_classes:
