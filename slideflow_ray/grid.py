@@ -69,7 +69,8 @@ def make_grid(
     cells, row by row inside and between, so that neighbours in the table are
     neighbours on the slide. All boxes have the size round(tile_px * scale), so between
     two neighbours a gap or overlap of one px0 may remain; tissue in such a gap is in no
-    box. Raises BadMpp where `spec.mpp` is more than 1.25 times
+    box. With a halo, cells are cores and boxes reach `halo_px` beyond them on each side.
+    Raises BadMpp where `spec.mpp` is more than 1.25 times
     finer than level 0.
     """
     scale = scale_of(spec.mpp, mpp0)
@@ -81,11 +82,12 @@ def make_grid(
         )
     cols, rows = (cells_along(length, spec.step_px, scale) for length in size_px0)
     rowcol = blocked_cells(rows, cols, block)
-    xy = np.column_stack(
+    cores = np.column_stack(
         [origins_px0(cols, spec.step_px, scale)[rowcol[:, 1]], origins_px0(rows, spec.step_px, scale)[rowcol[:, 0]]]
     )
-    side = max(1, round(spec.tile_px * scale))
-    fraction = fraction_in(tissue, xy, np.broadcast_to(np.int32(side), xy.shape))
+    side, core = (max(1, round(px * scale)) for px in (spec.tile_px, spec.core_px))
+    fraction = fraction_in(tissue, cores, np.broadcast_to(np.int32(core), cores.shape))
+    xy = cores - round(spec.halo_px * scale)
     keep = (fraction >= np.float32(spec.min_tissue)) & (fraction > 0)
     level = best_level(levels, scale)
     size = size_on_level((spec.tile_px, spec.tile_px), scale, levels[level])

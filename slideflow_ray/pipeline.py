@@ -24,6 +24,7 @@ from slideflow_ray.focus import slide_focus
 from slideflow_ray.grid import Grid, make_grid
 from slideflow_ray.identity import identity
 from slideflow_ray.packs import Pack, read_image, size_px0
+from slideflow_ray.planes import NOT_SCORED, write_plane
 from slideflow_ray.profile import ComputeProfile
 from slideflow_ray.slides import SlideReader, open_slide, read_tiles
 from slideflow_ray.specs import ModelSpec, StoreSpec, TileSpec, TissueSpec, WholeSpec, digest
@@ -48,6 +49,9 @@ class Scorer(Protocol):
     def margins(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         """Return margins, float32 (n, C), of tiles, uint8 (n, T, T, 3)."""
 
+    def masks(self, pixels: Pixels) -> Pixels:
+        """Return classes of the tiles' cores, uint8 (n, core, core), of tiles, uint8 (n, T, T, 3)."""
+
 
 @dataclass(frozen=True)
 class RunModel:
@@ -69,6 +73,18 @@ class RunModel:
         """Whether the model takes images in one piece."""
         return isinstance(self.tile, WholeSpec)
 
+    def result(self, grid: str) -> str:
+        """The node of what the model gives on a grid."""
+        return f"{'masks' if self.task == 'segment' else 'scores'}/{grid}/{self.node}"
+
+    def make_room(self, store: SlideStore, grid: str, n: int, rows: int) -> None:
+        """Create the node of `result`, all of it not scored."""
+        if self.task == "segment" and isinstance(self.tile, TileSpec):
+            core = self.tile.core_px
+            store.create_rows(self.result(grid), (n, core, core), np.uint8, rows, fill=NOT_SCORED, sharded=True)
+        else:
+            store.create_rows(self.result(grid), (n, len(self.classes)), np.float32, rows, fill=float("nan"))
+
 
 @dataclass(frozen=True)
 class Context:
@@ -83,6 +99,10 @@ class Context:
     store: StoreSpec
     tiles: tuple[TileSpec, ...] = ()
     profile: ComputeProfile | None = None
+
+    def model(self, node: str) -> RunModel:
+        """Return the model of that node."""
+        return next(model for model in self.models if model.node == node)
 
 
 @dataclass(frozen=True)
@@ -184,7 +204,7 @@ def _results(context: Context, grid: GridPlan) -> list[str]:
         return []
     kept = [f"grids/{grid.grid}/tiles"] if context.store.tiles == "lossless" else []
     ends = [f"outcomes/{grid.grid}"] if isinstance(grid.tile, WholeSpec) else []
-    return [*kept, *ends, *(f"scores/{grid.grid}/{model}" for model in grid.models)]
+    return [*kept, *ends, *(context.model(name).result(grid.grid) for name in grid.models)]
 
 
 PACK_COLS = 32
@@ -318,10 +338,9 @@ def _plan_grid(
         return GridPlan(node, tile, 0, 0, names, ())
     missing: dict[int, list[str]] = {}
     for model in models:
-        scores = f"scores/{node}/{model.node}"
-        if not store.committed(scores):
-            store.create_rows(scores, (n, len(model.classes)), np.float32, rows, fill=float("nan"))
-            for i in store.chunks_todo(scores):
+        if not store.committed(model.result(node)):
+            model.make_room(store, node, n, rows)
+            for i in store.chunks_todo(model.result(node)):
                 missing.setdefault(i, []).append(model.node)
     for i in _tiles_todo(context, store, node, tile, n, rows):
         missing.setdefault(i, [])
@@ -442,13 +461,21 @@ def score_chunk(context: Context, chunk: Chunk, pixels: Pixels, scorer: Callable
     if isinstance(chunk.item, Pack):
         start = chunk.index * context.store.rows(chunk.tile.tile_px)
         good[[row - start for row in broken_rows(store, chunk.grid, chunk.index)]] = False
-    classes = {model.node: len(model.classes) for model in context.models}
-    for model in chunk.models:
-        margins = np.full((len(pixels), classes[model]), np.nan, np.float32)
-        if good.any():
-            margins[good] = scorer(model).margins(pixels if good.all() else pixels[good])
-        store.write_chunk(f"scores/{chunk.grid}/{model}", chunk.index, margins)
+    for name in chunk.models:
+        model = context.model(name)
+        result = _apply(model, scorer(name), pixels, good)
+        store.write_chunk(model.result(chunk.grid), chunk.index, result)
     return len(pixels)
+
+
+def _apply(model: RunModel, scorer: Scorer, pixels: Pixels, good: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """Give a model the rows that could be read; the others are NaN."""
+    if model.task == "segment":
+        return scorer.masks(pixels)
+    margins = np.full((len(pixels), len(model.classes)), np.nan, np.float32)
+    if good.any():
+        margins[good] = scorer.margins(pixels if good.all() else pixels[good])
+    return margins
 
 
 # derive
@@ -460,6 +487,9 @@ def derive(context: Context, plan: SlidePlan) -> str:
     for grid in plan.grids:
         for node in _results(context, grid):
             store.commit(node)
+        for model in (context.model(name) for name in grid.models):
+            if model.task == "segment" and grid.tiles:
+                write_plane(store, grid.grid, model.node, model.classes)
     if not plan.grids:
         return "no_model"
     return "scored" if plan.tiles else "no_tissue"

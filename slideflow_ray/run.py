@@ -69,6 +69,8 @@ def tile_spec(spec: RunSpec, model: ModelSpec, card: BundleCard) -> AnyTile:
         return WholeSpec(tile_px=card.tile_px, fit=card.whole or "squash")
     if card.mpp is None:
         raise ConfigError(f"{card.name} has no mpp, so it cannot score tiles.")
+    if card.task == "segment":
+        return TileSpec(tile_px=card.tile_px, mpp=card.mpp, halo_px=card.halo or 0, min_tissue=0.0)
     return TileSpec(tile_px=card.tile_px, mpp=card.mpp, stride_px=spec.stride_px, min_tissue=spec.min_tissue)
 
 

@@ -63,18 +63,31 @@ class TissueSpec(Spec):
 class TileSpec(Spec):
     """Regular tiles of `tile_px` x `tile_px` pixels at `mpp` um per pixel, on tissue.
 
-    A tile is kept when at least `min_tissue` of its area is tissue, and any of it is.
+    A tile is kept when at least `min_tissue` of its core is tissue, and any of it is. The core
+    is the tile without a border of `halo_px`, which a segmenting network needs to see.
     """
 
     tile_px: Annotated[int, Field(ge=8, le=4096)]
     mpp: Positive
     stride_px: Annotated[int, Field(ge=1)] | None = None
+    halo_px: Annotated[int, Field(ge=0)] = 0
     min_tissue: Fraction = 0.05
+
+    @model_validator(mode="after")
+    def _has_a_core(self) -> Self:
+        if self.core_px < 1:
+            raise ValueError(f"a halo of {self.halo_px} px leaves nothing of a tile of {self.tile_px} px")
+        return self
+
+    @property
+    def core_px(self) -> int:
+        """The side of a tile without its halo."""
+        return self.tile_px - 2 * self.halo_px
 
     @property
     def step_px(self) -> int:
         """Pixels from one tile to the next, at `mpp`."""
-        return self.stride_px or self.tile_px
+        return self.stride_px or self.core_px
 
 
 class WholeSpec(Spec):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,39 @@ class SlideStore:
         self.create_rows(node, values.shape, values.dtype, rows, fill=fill, attributes=attributes)
         self.write_chunk(node, 0, values)
 
+    def create_plane(self, node: str, shape: tuple[int, int], chunk: int, shard: int, *, fill: int) -> None:
+        """Create a plane, uint8 (h, w), of square chunks in square shards; do nothing if it exists.
+
+        Unlike rows, a shard that is not written stays absent: it is all `fill`.
+        """
+        if not self.has(f"{node}/zarr.json"):
+            zarr.create_array(
+                self.root,
+                name=node,
+                shape=shape,
+                dtype=np.uint8,
+                chunks=(chunk, chunk),
+                shards=(shard, shard),
+                compressors=_COMPRESSORS,
+                fill_value=fill,
+                dimension_names=("y", "x"),
+            )
+
+    def write_block(self, node: str, yx: tuple[int, int], block: Array) -> None:
+        """Write one whole shard of a plane, beginning at (y, x)."""
+        array = zarr.open_array(self.root, path=node, mode="r+")
+        array[yx[0] : yx[0] + block.shape[0], yx[1] : yx[1] + block.shape[1]] = block
+
+    def read_plane(self, node: str, yx: tuple[int, int] = (0, 0), size: tuple[int, int] | None = None) -> Array:
+        """Return a window of a plane, (h, w) from (y, x) on; all of it without `size`."""
+        array = zarr.open_array(self.root, path=node, mode="r")
+        h, w = size or (array.shape[0] - yx[0], array.shape[1] - yx[1])
+        return np.asarray(array[yx[0] : yx[0] + h, yx[1] : yx[1] + w])
+
+    def read_rows(self, node: str, start: int, stop: int) -> Array:
+        """Return the rows from `start` up to `stop`. Raises CorruptStore, StoreError."""
+        return self._read(node, lambda b: slice(start, stop))
+
     def write_chunk(self, node: str, chunk: int, rows: Array) -> None:
         """Write one whole chunk (or shard): the rows from chunk * B on. One writer per chunk."""
         array = self._open(node, "r+")
@@ -176,10 +209,12 @@ class SlideStore:
 
         Raises CorruptStore when a chunk is missing or its checksum is wrong.
         """
+        return self._read(node, lambda b: slice(None) if chunk is None else slice(chunk * b, (chunk + 1) * b))
+
+    def _read(self, node: str, rows: Callable[[int], slice]) -> Array:
         try:
             array = self._open(node, "r")
-            b = self._rows_of(array)
-            return np.asarray(array[:] if chunk is None else array[chunk * b : (chunk + 1) * b])
+            return np.asarray(array[rows(self._rows_of(array))])
         except FileNotFoundError as error:
             raise self._missing(node) from error
         except (ValueError, RuntimeError, zarr.errors.ChunkNotFoundError) as error:

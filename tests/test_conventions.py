@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "events", "geometry", "specs"],
     ["storage", "identity", "cohort", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
-    ["packs", "pipeline"],
+    ["packs", "planes", "pipeline"],
     ["execute", "aggregate"],
     ["accounting", "graph", "units", "run", "results", "evaluate", "train", "explain"],
     ["report", "export", "web", "nightly", "submit", "progress", "doctor", "demo"],
