@@ -15,7 +15,7 @@ from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError, SlideflowError
 from slideflow_ray.lease import held
 from slideflow_ray.pipeline import Context
-from slideflow_ray.specs import RunSpec, TileSpec
+from slideflow_ray.specs import OBJECTS, RunSpec, WholeSpec
 from slideflow_ray.store import folder_name
 
 
@@ -126,7 +126,8 @@ def write_run(out: Path, spec: RunSpec, items: Sequence[Item], context: Context,
             "task": model.task,
             "classes": model.classes,
             "tile_px": model.tile.tile_px,
-            "mpp": model.tile.mpp if isinstance(model.tile, TileSpec) else None,
+            "mpp": None if isinstance(model.tile, WholeSpec) else model.tile.mpp,
+            "on": model.spec.on or ("whole" if model.whole else "tissue"),
             "path": model.spec.path,
         }
         for model in context.models
@@ -192,5 +193,11 @@ def _is_done(out: Path, item: dict[str, Any], record: dict[str, Any]) -> bool:
     wanted = [m["node"] for m, spec in models if all(item[column] == value for column, value in spec["where"].items())]
     if not wanted:
         return False  # no model applies, or tiles only: known when the run ends
-    empty = any(storage.read_json(path)["outcome"] == "no_tissue" for path in commits.glob("grids/*.json"))
-    return empty or all(any(commits.glob(f"scores/*/{node}.json")) for node in wanted)
+    outcomes = {storage.read_json(path)["outcome"] for path in commits.glob("grids/*.json")}
+    if "no_objects" in outcomes:
+        on_objects = {m["node"] for m in record["models"] if m["on"].startswith(OBJECTS)}
+        wanted = [node for node in wanted if node not in on_objects]
+    kinds = ("scores", "planes", "features")
+    return "no_tissue" in outcomes or all(
+        any(path for kind in kinds for path in commits.glob(f"{kind}/*/{node}.json")) for node in wanted
+    )

@@ -140,7 +140,7 @@ def evaluate(
         done = [_evaluate_model(run, model, Settings(rule, seed, resamples)) for model in run.models]
         evaluation = Evaluation(*(tuple(x for d in done for x in getattr(d.found, key)) for key in _FIELDS))
         if not run.models:
-            evaluation = replace(evaluation, notes=("The run had no model, so there is nothing to evaluate.",))
+            evaluation = replace(evaluation, notes=("The run had no classifier, so there is nothing to evaluate.",))
         _write(run.out, evaluation, done)
     return evaluation
 
@@ -180,7 +180,11 @@ def read_run(out: Path, names: Mapping[str, str] | None = None, scheduler: Sched
         out=out,
         items=tuple(Item.parse(row, f"{out / 'run.json'}, items") for row in record["items"]),
         outcomes=record["outcomes"],
-        models=tuple(Model(m["node"], m["name"], m["task"], tuple(m["classes"])) for m in record["models"]),
+        models=tuple(
+            Model(m["node"], m["name"], m["task"], tuple(m["classes"]))
+            for m in record["models"]
+            if m["task"] in ("classify", "multilabel")
+        ),
         labels=spec.labels.model_copy(update={"names": {**spec.labels.names, **(names or {})}}),
         profile_digest=record["profile_digest"],
         scheduler=scheduler or spec.dask,

@@ -8,7 +8,7 @@ from typing import Any
 
 from slideflow_ray.accounting import Ended, failed
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import Quarantined, SlideflowError
+from slideflow_ray.errors import Quarantined, SlideflowError, UnexpectedError
 from slideflow_ray.events import ChunkScored, Listener, SlideDone, SlideFailed, SlidePlanned, WorkerDied, silent
 from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
 from slideflow_ray.packs import Pack
@@ -45,6 +45,7 @@ class RunGraph:
         self._flight = 0
         self._planning = 0
         self._deaths: Counter[str] = Counter()
+        self._derived: set[str] = set()
         self.changed = False
 
     @property
@@ -92,6 +93,10 @@ class RunGraph:
             self._listen(ChunkScored(slide_id, done.task.payload.index, done.value))
             self._left[slide_id] -= 1
             self._derive_if_whole(slide_id)
+        elif self._plans[slide_id].again:  # objects are known now, and with them further grids
+            self._derived.add(slide_id)
+            del self._plans[slide_id], self._left[slide_id]
+            self._again.append(Task("plan", slide_id, done.task.payload.item))
         else:
             self.changed |= done.value == "scored"
             self._end(Ended(slide_id, "done", done.value, **_facts(self._plans[slide_id])))
@@ -102,8 +107,11 @@ class RunGraph:
         left = sum(chunk.tiles for chunk in todo)
         self._listen(SlidePlanned(slide_id, plan.tiles, chunks, len(todo), left))
         self._plans[slide_id] = plan
-        if plan.complete and plan.tiles:
+        if plan.complete and plan.tiles and slide_id not in self._derived:
             self._end(Ended(slide_id, "done", "unchanged", **_facts(plan)))
+            return
+        if plan.again and slide_id in self._derived:
+            self._fail(slide_id, UnexpectedError(f"{slide_id}: objects were derived and are still not there."))
             return
         self._left[slide_id] = len(todo)
         self._chunks.extend(Task("chunk", slide_id, chunk) for chunk in todo)

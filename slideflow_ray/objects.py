@@ -8,7 +8,7 @@ what is in memory at a time is one block, one object, and a table of the compone
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -110,14 +110,15 @@ def _check(plane: Plane, px0_per_px: tuple[float, float], min_area_px: int, bloc
 
 
 def boxes_to_grid(
-    objects: Sequence[Object], margin: float = 0.0
+    boxes_px0: npt.NDArray[np.int64], margin: float = 0.0
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """Return a square box around each object, for a model that reads each at its own scale.
 
     The side is the longer side of the object's box, and `margin` of it more on each side; the centre is the box's.
+    boxes_px0 : (x, y, w, h) of the objects, int64, shape (N, 4)
     returns : upper left corners, int64, shape (N, 2), which may lie outside the slide; (width, height), int32
     """
-    boxes = np.array([thing.box_px0 for thing in objects], np.float64).reshape(-1, 4)
+    boxes = np.asarray(boxes_px0, np.float64).reshape(-1, 4)
     side = np.ceil(boxes[:, 2:].max(axis=1, initial=1) * (1 + 2 * margin))
     corner = np.rint(boxes[:, :2] + boxes[:, 2:] / 2 - side[:, None] / 2)
     return corner.astype(np.int64), np.repeat(side[:, None], 2, axis=1).astype(np.int32)

@@ -20,27 +20,21 @@ import numpy.typing as npt
 from slideflow_ray import storage
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import DiskFull, SlideflowError
-from slideflow_ray.focus import slide_focus
-from slideflow_ray.grid import Grid, make_grid
+from slideflow_ray.focus import focus
 from slideflow_ray.identity import identity
-from slideflow_ray.packs import Pack, read_image, size_px0
-from slideflow_ray.planes import NOT_SCORED, write_plane
+from slideflow_ray.layout import about_slide, keep_items, object_grid, pack_grid, tile_grid, tissue_mask
+from slideflow_ray.packs import Pack, read_image
+from slideflow_ray.planes import NOT_SCORED, objects_node, write_objects, write_plane
 from slideflow_ray.profile import ComputeProfile
 from slideflow_ray.slides import SlideReader, open_slide, read_tiles
-from slideflow_ray.specs import ModelSpec, StoreSpec, TileSpec, TissueSpec, WholeSpec, digest
+from slideflow_ray.specs import BoxSpec, ModelSpec, StoreSpec, TileSpec, TissueSpec, WholeSpec
 from slideflow_ray.store import SlideStore
-from slideflow_ray.tissue import METHOD, TissueMask, find_tissue, mask_identity
-
-PIXELS = "nearest-level, whole-pixel box, pillow bilinear, 1"
-"""How a tile's pixels come about; part of every grid's digest, so a new rule makes new grids."""
 
 LOSSLESS_SHARE = 0.65
 """Stored bytes per raw byte of H&E tiles (zstd level 1), for the estimate of disk space."""
 
-GRID_ARRAYS = ("xy_px0", "wh_px0", "rowcol", "tissue", "item")
-
 Pixels = npt.NDArray[np.uint8]
-AnyTile = TileSpec | WholeSpec
+AnyTile = TileSpec | WholeSpec | BoxSpec
 
 
 class Scorer(Protocol):
@@ -52,10 +46,36 @@ class Scorer(Protocol):
     def masks(self, pixels: Pixels) -> Pixels:
         """Return classes of the tiles' cores, uint8 (n, core, core), of tiles, uint8 (n, T, T, 3)."""
 
+    def features(self, pixels: Pixels) -> npt.NDArray[np.float16]:
+        """Return features, float16 (n, D), of tiles, uint8 (n, T, T, 3)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model gives for each row: `kind` is scores, masks or features; `shape` and `dtype` are a row's."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nothing(self) -> float:
+        """What stands where nothing was scored."""
+        return NOT_SCORED if self.kind == "masks" else float("nan")
+
+    def of(self, scorer: Scorer, pixels: Pixels) -> npt.NDArray[Any]:
+        """Ask a model for it."""
+        if self.kind == "masks":
+            return scorer.masks(pixels)
+        return scorer.features(pixels) if self.kind == "features" else scorer.margins(pixels)
+
 
 @dataclass(frozen=True)
 class RunModel:
-    """A bundle as a run needs it; `node` is its name in the store, digest of weights and profile included."""
+    """A bundle as a run needs it; `node` is its name in the store, digest of weights and profile included.
+
+    `results` are what it gives: margins of a classifier, masks of a segmentation, features where they are wanted.
+    """
 
     name: str
     node: str
@@ -63,6 +83,7 @@ class RunModel:
     tile: AnyTile
     task: str
     classes: tuple[str, ...]
+    results: tuple[Result, ...]
 
     def applies_to(self, item: Item) -> bool:
         """Return whether the model's `where` matches the item's columns."""
@@ -73,17 +94,9 @@ class RunModel:
         """Whether the model takes images in one piece."""
         return isinstance(self.tile, WholeSpec)
 
-    def result(self, grid: str) -> str:
-        """The node of what the model gives on a grid."""
-        return f"{'masks' if self.task == 'segment' else 'scores'}/{grid}/{self.node}"
-
-    def make_room(self, store: SlideStore, grid: str, n: int, rows: int) -> None:
-        """Create the node of `result`, all of it not scored."""
-        if self.task == "segment" and isinstance(self.tile, TileSpec):
-            core = self.tile.core_px
-            store.create_rows(self.result(grid), (n, core, core), np.uint8, rows, fill=NOT_SCORED, sharded=True)
-        else:
-            store.create_rows(self.result(grid), (n, len(self.classes)), np.float32, rows, fill=float("nan"))
+    def nodes(self, grid: str) -> tuple[str, ...]:
+        """Return the nodes of what the model gives on a grid."""
+        return tuple(f"{result.kind}/{grid}/{self.node}" for result in self.results)
 
 
 @dataclass(frozen=True)
@@ -100,14 +113,24 @@ class Context:
     tiles: tuple[TileSpec, ...] = ()
     profile: ComputeProfile | None = None
 
+    @property
+    def cache(self) -> Path:
+        """Where identities are remembered."""
+        return Path(self.out) / ".cache" / "identity"
+
     def model(self, node: str) -> RunModel:
         """Return the model of that node."""
         return next(model for model in self.models if model.node == node)
 
+    def segmentation(self, model: RunModel) -> RunModel | None:
+        """Return the segmentation on whose objects `model` runs, if it runs on objects."""
+        of = model.tile.of if isinstance(model.tile, BoxSpec) else None
+        return next((m for m in self.models if m.name == of and m.task == "segment"), None)
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """One task: B rows of a grid, and the models whose scores are still missing there."""
+    """One task: B rows of a grid, and the models whose results are still missing there."""
 
     item: Item | Pack
     grid: str
@@ -131,12 +154,16 @@ class GridPlan:
 
 @dataclass(frozen=True)
 class SlidePlan:
-    """What a slide costs and what of it is left."""
+    """What a slide costs and what of it is left.
+
+    `again`: objects have yet to be found, so once what is left is derived the slide is planned again.
+    """
 
     item: Item | Pack
     identity: str
     grids: tuple[GridPlan, ...]
     complete: bool
+    again: bool = False
 
     @property
     def tiles(self) -> int:
@@ -153,49 +180,84 @@ class SlidePlan:
 
 
 def plan_slide(context: Context, item: Item) -> SlidePlan:
-    """Find tissue, lay the grids, make room for the scores; return what is left to do.
+    """Find tissue, lay the grids, make room for the results; return what is left to do.
 
     Raises SlideError (no scale, unreadable, ...), DiskFull.
     """
-    found = identity(item.uri, Path(context.out) / ".cache" / "identity", item.sha256)
+    found = identity(item.uri, context.cache, item.sha256)
     store = SlideStore(context.out, item.slide_id)
-    models = [model for model in context.models if model.applies_to(item) and not model.whole]
+    models = [model for model in context.models if model.applies_to(item)]
     with open_slide(item.uri, mpp=item.mpp, modality=item.modality) as reader:
-        about = _about(reader, item, found)
+        about = about_slide(reader, item, found)
         store.describe(about)
-        _keep_items(store, [item.model_dump(mode="json", exclude_none=True)])
-        tissue_node, tissue = _tissue(store, context, reader, item, about)
+        keep_items(store, [item.model_dump(mode="json", exclude_none=True)])
+        tissue_node, tissue = tissue_mask(store, context.tissue, context.cache, reader, item, about)
         grids = []
         wanted = [model.tile for model in models if isinstance(model.tile, TileSpec)]
         for tile in dict.fromkeys([*wanted, *context.tiles]):
             users = tuple(model for model in models if model.tile == tile)
-            node = _grid(store, context.store, tile, reader, tissue, {**about, "tissue": tissue_node})
+            node = tile_grid(store, context.store, tile, reader, tissue, {**about, "tissue": tissue_node})
             grids.append(_plan_grid(context, store, item, node, tile, users))
-    return _planned(context, store, item, found, grids)
+    boxed, again = _plan_objects(context, store, item, models, grids, about)
+    return _planned(context, store, item, found, [*grids, *boxed], again)
+
+
+def _plan_objects(
+    context: Context,
+    store: SlideStore,
+    item: Item,
+    models: Sequence[RunModel],
+    grids: Sequence[GridPlan],
+    about: Mapping[str, Any],
+) -> tuple[list[GridPlan], bool]:
+    """Lay the grids of the objects that are known; return them, and whether others have yet to be found."""
+    users: dict[tuple[BoxSpec, str], list[RunModel]] = {}
+    again = False
+    for model in models:
+        source = context.segmentation(model)
+        if source is None or not isinstance(model.tile, BoxSpec):
+            continue
+        for grid in (grid for grid in grids if source.node in grid.models and grid.tiles):
+            node = objects_node(grid.grid, source.node, source.spec.objects)
+            if store.committed(node):
+                users.setdefault((model.tile, node), []).append(model)
+            else:
+                again = True
+    found = []
+    for (boxes, node), several in users.items():
+        grid_node = object_grid(store, context.store, boxes, node, about)
+        found.append(_plan_grid(context, store, item, grid_node, boxes, tuple(several)))
+    return found, again
 
 
 def plan_pack(context: Context, pack: Pack) -> SlidePlan:
-    """Lay the grids of a pack, one row an image, and make room for the scores; return what is left to do.
+    """Lay the grids of a pack, one row an image, and make room for the results; return what is left to do.
 
     An image whose header cannot be read has size (0, 0); why comes out when it is read.
     """
     store = SlideStore(context.out, pack.slide_id)
     store.describe({"kind": "pack", "identity": pack.identity})
-    _keep_items(store, [{"slide_id": r.item.slide_id, "identity": r.identity, "mpp": r.item.mpp} for r in pack.rows])
+    keep_items(store, [{"slide_id": r.item.slide_id, "identity": r.identity, "mpp": r.item.mpp} for r in pack.rows])
     models = [model for model in context.models if model.whole and model.applies_to(pack.example)]
     grids = []
-    for whole in dict.fromkeys(model.tile for model in models):
+    for whole in dict.fromkeys(model.tile for model in models if isinstance(model.tile, WholeSpec)):
         users = tuple(model for model in models if model.tile == whole)
-        node = _pack_grid(store, context.store, whole, pack)
+        node = pack_grid(store, context.store, whole, pack)
         grids.append(_plan_grid(context, store, pack, node, whole, users))
     return _planned(context, store, pack, pack.identity, grids)
 
 
 def _planned(
-    context: Context, store: SlideStore, item: Item | Pack, found: str, grids: Sequence[GridPlan]
+    context: Context,
+    store: SlideStore,
+    item: Item | Pack,
+    found: str,
+    grids: Sequence[GridPlan],
+    again: bool = False,
 ) -> SlidePlan:
-    complete = all(store.committed(node) for grid in grids for node in _results(context, grid))
-    return SlidePlan(item, found, tuple(grids), complete)
+    nodes = [node for grid in grids for node in [*_results(context, grid), *_derived(context, grid)]]
+    complete = not again and all(store.committed(node) for node in nodes)
+    return SlidePlan(item, found, tuple(grids), complete, again)
 
 
 def _results(context: Context, grid: GridPlan) -> list[str]:
@@ -204,128 +266,17 @@ def _results(context: Context, grid: GridPlan) -> list[str]:
         return []
     kept = [f"grids/{grid.grid}/tiles"] if context.store.tiles == "lossless" else []
     ends = [f"outcomes/{grid.grid}"] if isinstance(grid.tile, WholeSpec) else []
-    return [*kept, *ends, *(context.model(name).result(grid.grid) for name in grid.models)]
+    sharp = [f"focus/{grid.grid}"] if isinstance(grid.tile, TileSpec) else []
+    return [*kept, *ends, *sharp, *(node for name in grid.models for node in context.model(name).nodes(grid.grid))]
 
 
-PACK_COLS = 32
-"""Images of a pack in one row of its contact sheet: their cells in `rowcol`."""
-
-
-def _pack_grid(store: SlideStore, keep: StoreSpec, whole: AnyTile, pack: Pack) -> str:
-    rows = keep.rows(whole.tile_px)
-    determines = {"identity": pack.identity, "whole": whole.model_dump(), "rows": rows, "pixels": PIXELS}
-    node = f"{whole.tile_px}px-whole-{digest(determines)}"
-    if store.committed(f"grids/{node}"):
-        return node
-    n = len(pack.rows)
-    cells = np.stack(np.divmod(np.arange(n), PACK_COLS), axis=1).astype(np.int32)
-    shape = [-(-n // PACK_COLS), PACK_COLS]
-    store.make_group(f"grids/{node}", {"determines": determines, "shape": shape, "level": 0, "mpp_achieved": 0.0})
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "xy_px0": np.zeros((n, 2), np.int64),
-        "wh_px0": np.array([size_px0(row) for row in pack.rows], np.int32),
-        "rowcol": cells,
-        "tissue": np.ones(n, np.float32),
-        "item": np.arange(n, dtype=np.int32),
-    }
-    for name, values in arrays.items():
-        store.write_array(f"grids/{node}/{name}", values)
-    store.commit(f"grids/{node}")
-    return node
-
-
-def _about(reader: SlideReader, item: Item, found: str) -> dict[str, Any]:
-    return {
-        "uri": item.uri,
-        "identity": found,
-        "size_px0": list(reader.size_px0),
-        "mpp0": reader.mpp0,
-        "mpp_source": reader.mpp_source,
-        "levels": [[*level.size, *level.downsample] for level in reader.levels],
-        "reader": reader.name,
-    }
-
-
-def _keep_items(store: SlideStore, rows: Sequence[dict[str, Any]]) -> None:
-    node = f"items/rows-{digest(rows)}"
-    if not store.committed(node):
-        store.make_group(node, {"rows": list(rows)})
-        store.commit(node)
-
-
-def _tissue(
-    store: SlideStore, context: Context, reader: SlideReader, item: Item, about: Mapping[str, Any]
-) -> tuple[str, TissueMask]:
-    determines = {**_pixels_of(about), "spec": context.tissue.model_dump(), "modality": item.modality, "method": METHOD}
-    if item.mask:
-        determines["mask"] = mask_identity(item.mask, Path(context.out) / ".cache" / "identity")
-    node = f"tissue/{item.modality}-{digest(determines)}"
-    if store.committed(node):
-        return node, read_tissue(store, node)
-    found = find_tissue(reader, context.tissue, item.modality, item.mask)
-    attributes = {
-        "px0_per_px": list(found.px0_per_px),
-        "rule": found.rule,
-        "reason": found.reason,
-        "focus": slide_focus(reader, found),
-        "determines": determines,
-    }
-    store.write_array(f"{node}/mask", found.mask, attributes)
-    store.commit(node)
-    return node, found
-
-
-def read_tissue(store: SlideStore, node: str) -> TissueMask:
-    """Return a committed tissue mask."""
-    attributes = store.node_attrs(f"{node}/mask")
-    x, y = attributes["px0_per_px"]
-    return TissueMask(store.read(f"{node}/mask"), (float(x), float(y)), attributes["rule"], attributes["reason"])
-
-
-def _pixels_of(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What determines a slide's pixels and scale; its path and who told the scale do not."""
-    return {key: value for key, value in about.items() if key not in ("uri", "mpp_source")}
-
-
-def _grid(
-    store: SlideStore,
-    keep: StoreSpec,
-    tile: TileSpec,
-    reader: SlideReader,
-    tissue: TissueMask,
-    about: Mapping[str, Any],
-) -> str:
-    rows = keep.rows(tile.tile_px)
-    determines = {**_pixels_of(about), "tile": tile.model_dump(), "rows": rows, "pixels": PIXELS}
-    node = f"{tile.tile_px}px-{tile.mpp:g}um-{digest(determines)}"
-    if store.committed(f"grids/{node}"):
-        return node
-    grid = make_grid(reader.size_px0, reader.mpp0, reader.levels, tile, tissue)
-    attributes = {
-        "determines": determines,
-        "shape": list(grid.shape),
-        "level": grid.level,
-        "mpp_achieved": grid.mpp_achieved,
-        "reason": "" if len(grid) else tissue.reason or f"no tile of {tile.tile_px} px is {tile.min_tissue:.0%} tissue",
-    }
-    store.make_group(f"grids/{node}", attributes)
-    for name in GRID_ARRAYS:
-        store.write_array(f"grids/{node}/{name}", getattr(grid, name))
-    store.commit(f"grids/{node}", "done" if len(grid.xy_px0) else "no_tissue")
-    return node
-
-
-def read_grid(store: SlideStore, node: str) -> Grid:
-    """Return a committed grid."""
-    attributes = store.node_attrs(f"grids/{node}")
-    arrays = {name: store.read(f"grids/{node}/{name}") for name in GRID_ARRAYS}
-    rows, cols = attributes["shape"]
-    return Grid(
-        **arrays,
-        shape=(rows, cols),
-        level=attributes["level"],
-        mpp_achieved=attributes["mpp_achieved"],
-    )
+def _derived(context: Context, grid: GridPlan) -> list[str]:
+    """The nodes that are made from a grid's rows, and committed by themselves."""
+    found = []
+    for model in (context.model(name) for name in grid.models if grid.tiles):
+        if model.task == "segment":
+            found += [f"planes/{grid.grid}/{model.node}", objects_node(grid.grid, model.node, model.spec.objects)]
+    return found
 
 
 def _plan_grid(
@@ -338,16 +289,32 @@ def _plan_grid(
         return GridPlan(node, tile, 0, 0, names, ())
     missing: dict[int, list[str]] = {}
     for model in models:
-        if not store.committed(model.result(node)):
-            model.make_room(store, node, n, rows)
-            for i in store.chunks_todo(model.result(node)):
-                missing.setdefault(i, []).append(model.node)
-    for i in _tiles_todo(context, store, node, tile, n, rows):
+        for i in _model_todo(store, node, model, n, rows):
+            missing.setdefault(i, []).append(model.node)
+    for i in [*_tiles_todo(context, store, node, tile, n, rows), *_focus_todo(store, node, tile, n, rows)]:
         missing.setdefault(i, [])
     todo = tuple(
         Chunk(item, node, tile, i, min(rows, n - i * rows), tuple(users)) for i, users in sorted(missing.items())
     )
     return GridPlan(node, tile, n, -(-n // rows), names, todo)
+
+
+def _model_todo(store: SlideStore, grid: str, model: RunModel, n: int, rows: int) -> list[int]:
+    """Make room for what a model gives; return the chunks in which some of it is missing."""
+    todo: set[int] = set()
+    for result, node in zip(model.results, model.nodes(grid), strict=True):
+        if not store.committed(node):
+            sharded, fill = result.kind == "masks", result.nothing
+            store.create_rows(node, (n, *result.shape), np.dtype(result.dtype), rows, fill=fill, sharded=sharded)
+            todo.update(store.chunks_todo(node))
+    return sorted(todo)
+
+
+def _focus_todo(store: SlideStore, grid: str, tile: AnyTile, n: int, rows: int) -> list[int]:
+    if not isinstance(tile, TileSpec) or store.committed(f"focus/{grid}"):
+        return []
+    store.create_rows(f"focus/{grid}", (n,), np.float32, rows, fill=float("nan"))
+    return store.chunks_todo(f"focus/{grid}")
 
 
 def _tiles_todo(context: Context, store: SlideStore, node: str, tile: AnyTile, n: int, rows: int) -> list[int]:
@@ -391,31 +358,49 @@ class OpenSlides:
 def read_chunk(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
     """Return the chunk's tiles, uint8 (n, T, T, 3): from the store where they are kept, else from the slide.
 
-    Tiles read from the slide are written to the store as one whole shard when they are kept.
+    Tiles read from the slide are written to the store as one whole shard when they are kept, and
+    beside them how sharp each is.
     Raises ReadError, CorruptStore.
     """
     store = SlideStore(context.out, chunk.item.slide_id)
     node = f"grids/{chunk.grid}/tiles"
     if store.has_chunk(node, chunk.index, ndim=4):
-        return store.read(node, chunk.index)
-    read = _read_images if isinstance(chunk.item, Pack) else _read_boxes
-    pixels = read(context, chunk, slides)
-    if context.store.tiles == "lossless":
-        store.write_chunk(node, chunk.index, pixels)
+        pixels = store.read(node, chunk.index)
+    else:
+        read = _read_images if isinstance(chunk.item, Pack) else _read_boxes
+        pixels = read(context, chunk, slides)
+        if context.store.tiles == "lossless":
+            store.write_chunk(node, chunk.index, pixels)
+    if isinstance(chunk.tile, TileSpec) and not store.has_chunk(f"focus/{chunk.grid}", chunk.index, ndim=1):
+        store.write_chunk(f"focus/{chunk.grid}", chunk.index, focus(pixels))
     return pixels
 
 
 def _read_boxes(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
-    boxes = _boxes(context.out, chunk.item.slide_id, chunk.grid)
-    rows = context.store.rows(chunk.tile.tile_px)
-    xy_px0 = boxes[chunk.index * rows : chunk.index * rows + chunk.tiles]
-    if not isinstance(chunk.item, Item) or not isinstance(chunk.tile, TileSpec):
+    if not isinstance(chunk.item, Item) or isinstance(chunk.tile, WholeSpec):
         raise TypeError("Boxes are read from a slide.")
+    rows = context.store.rows(chunk.tile.tile_px)
+    here = slice(chunk.index * rows, chunk.index * rows + chunk.tiles)
+    xy, wh = (_boxes(context.out, chunk.item.slide_id, chunk.grid, name)[here] for name in ("xy_px0", "wh_px0"))
     try:
-        return read_tiles(slides.get(chunk.item), xy_px0, tile_px=chunk.tile.tile_px, mpp=chunk.tile.mpp)
+        reader = slides.get(chunk.item)
+        if isinstance(chunk.tile, TileSpec):
+            return read_tiles(reader, xy, tile_px=chunk.tile.tile_px, mpp=chunk.tile.mpp)
+        return _read_squares(reader, xy, wh[:, 0], chunk.tile.tile_px)
     except Exception:
         slides.forget()
         raise
+
+
+def _read_squares(
+    reader: SlideReader, xy_px0: npt.NDArray[np.int64], side_px0: npt.NDArray[np.int32], tile_px: int
+) -> Pixels:
+    """Read squares of any size, each at the scale at which it has `tile_px` pixels."""
+    out = np.empty((len(xy_px0), tile_px, tile_px, 3), np.uint8)
+    for side in np.unique(side_px0).tolist():
+        alike = side_px0 == side
+        out[alike] = read_tiles(reader, xy_px0[alike], tile_px=tile_px, mpp=reader.mpp0 * side / tile_px)
+    return out
 
 
 def _read_images(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
@@ -446,15 +431,15 @@ def broken_rows(store: SlideStore, grid: str, chunk: int | None = None) -> dict[
     return {int(row): why for record in found for row, why in record.items()}
 
 
-@lru_cache(maxsize=8)
-def _boxes(out: str, slide_id: str, grid: str) -> npt.NDArray[np.int64]:
-    return SlideStore(out, slide_id).read(f"grids/{grid}/xy_px0")
+@lru_cache(maxsize=16)
+def _boxes(out: str, slide_id: str, grid: str, name: str) -> npt.NDArray[Any]:
+    return SlideStore(out, slide_id).read(f"grids/{grid}/{name}")
 
 
 def score_chunk(context: Context, chunk: Chunk, pixels: Pixels, scorer: Callable[[str], Scorer]) -> int:
-    """Give the chunk's tiles to every model that lacks them and write whole chunks of margins; return n.
+    """Give the chunk's tiles to every model that lacks them and write whole chunks of results; return n.
 
-    Raises NanScore.
+    Rows that could not be read stay empty. Raises NanScore.
     """
     store = SlideStore(context.out, chunk.item.slide_id)
     good = np.ones(len(pixels), bool)
@@ -463,26 +448,24 @@ def score_chunk(context: Context, chunk: Chunk, pixels: Pixels, scorer: Callable
         good[[row - start for row in broken_rows(store, chunk.grid, chunk.index)]] = False
     for name in chunk.models:
         model = context.model(name)
-        result = _apply(model, scorer(name), pixels, good)
-        store.write_chunk(model.result(chunk.grid), chunk.index, result)
+        for result, node in zip(model.results, model.nodes(chunk.grid), strict=True):
+            if store.has_chunk(node, chunk.index, ndim=1 + len(result.shape)):
+                continue
+            rows = np.full((len(pixels), *result.shape), result.nothing, result.dtype)
+            if good.any():
+                rows[good] = result.of(scorer(name), pixels if good.all() else pixels[good])
+            store.write_chunk(node, chunk.index, rows)
     return len(pixels)
-
-
-def _apply(model: RunModel, scorer: Scorer, pixels: Pixels, good: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-    """Give a model the rows that could be read; the others are NaN."""
-    if model.task == "segment":
-        return scorer.masks(pixels)
-    margins = np.full((len(pixels), len(model.classes)), np.nan, np.float32)
-    if good.any():
-        margins[good] = scorer.margins(pixels if good.all() else pixels[good])
-    return margins
 
 
 # derive
 
 
 def derive(context: Context, plan: SlidePlan) -> str:
-    """Commit what the chunks have written; return 'scored', 'no_tissue' or 'no_model' (no model applies)."""
+    """Commit what the chunks have written, and derive planes and objects of what is segmented.
+
+    Returns 'scored', 'no_tissue' or 'no_model' (no model applies).
+    """
     store = SlideStore(context.out, plan.item.slide_id)
     for grid in plan.grids:
         for node in _results(context, grid):
@@ -490,6 +473,7 @@ def derive(context: Context, plan: SlidePlan) -> str:
         for model in (context.model(name) for name in grid.models):
             if model.task == "segment" and grid.tiles:
                 write_plane(store, grid.grid, model.node, model.classes)
+                write_objects(store, grid.grid, model.node, model.classes, model.spec.objects)
     if not plan.grids:
         return "no_model"
     return "scored" if plan.tiles else "no_tissue"

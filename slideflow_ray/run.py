@@ -23,9 +23,10 @@ from slideflow_ray.graph import RunGraph
 from slideflow_ray.lease import lease
 from slideflow_ray.models.bundle import BundleCard, forward_digest, read_card
 from slideflow_ray.packs import Pack
-from slideflow_ray.pipeline import LOSSLESS_SHARE, AnyTile, Context, RunModel, SlidePlan
+from slideflow_ray.pipeline import LOSSLESS_SHARE, AnyTile, Context, Result, RunModel, SlidePlan
+from slideflow_ray.planes import check_classes
 from slideflow_ray.profile import ComputeProfile
-from slideflow_ray.specs import ComputeSpec, ModelSpec, RunSpec, TileSpec, WholeSpec, digest
+from slideflow_ray.specs import BoxSpec, ComputeSpec, ModelSpec, RunSpec, TileSpec, WholeSpec, digest
 from slideflow_ray.units import Units
 
 # configuration
@@ -40,7 +41,23 @@ def load_models(spec: RunSpec) -> tuple[tuple[ModelSpec, BundleCard, str], ...]:
     names = Counter((card.name, forward) for _, card, forward in found)
     if twice := [name for (name, _), n in names.items() if n > 1]:
         raise ConfigError(f"The same bundle is named twice: {', '.join(twice)}.")
+    _check_segmentations(found)
     return found
+
+
+def _check_segmentations(found: Sequence[tuple[ModelSpec, BundleCard, str]]) -> None:
+    """Raise ConfigError where a model wants the objects of what is no segmentation of the run, or a class of none."""
+    names = Counter(card.name for _, card, _ in found if card.task == "segment")
+    for model, card, _ in found:
+        if card.task == "segment":
+            check_classes(model.objects, card.classes)
+        if model.segmentation is not None and names[model.segmentation] != 1:
+            known = ", ".join(names) or "none"
+            raise ConfigError(
+                f'{card.name} runs on = "{model.on}", and the run has {names[model.segmentation]} segmentations '
+                f"of that name (segmentations: {known}).",
+                next_step="Add the segmentation as a [[model]] of its own, by the name in its bundle.json.",
+            )
 
 
 def run_models(spec: RunSpec, profile: ComputeProfile) -> tuple[RunModel, ...]:
@@ -53,9 +70,24 @@ def run_models(spec: RunSpec, profile: ComputeProfile) -> tuple[RunModel, ...]:
             tile=tile_spec(spec, model, card),
             task=card.task,
             classes=card.classes,
+            results=results_of(model, card),
         )
         for model, card, forward in load_models(spec)
     )
+
+
+def results_of(model: ModelSpec, card: BundleCard) -> tuple[Result, ...]:
+    """Return what a bundle gives in a run. Raises ConfigError for features of a segmentation."""
+    if card.task == "segment":
+        if model.features:
+            raise ConfigError(f"{card.name} is a segmentation, which has no features.")
+        return (Result("masks", (card.core_px, card.core_px), "uint8"),)
+    scores = () if card.task == "features" else (Result("scores", (card.n_classes,), "float32"),)
+    if card.task != "features" and not model.features:
+        return scores
+    from slideflow_ray.models.networks import feature_dim
+
+    return (*scores, Result("features", (feature_dim(card),), "float16"))
 
 
 def tile_spec(spec: RunSpec, model: ModelSpec, card: BundleCard) -> AnyTile:
@@ -63,7 +95,14 @@ def tile_spec(spec: RunSpec, model: ModelSpec, card: BundleCard) -> AnyTile:
 
     Raises ConfigError when run.toml says `on` what the bundle cannot take.
     """
+    if model.segmentation is not None:
+        if card.task == "segment":
+            raise ConfigError(f"{card.name} is a segmentation; only models of one row per tile run on objects.")
+        mpp = None if card.whole else card.mpp
+        return BoxSpec(tile_px=card.tile_px, of=model.segmentation, margin=model.margin, mpp=mpp)
     if card.whole or model.on == "whole":
+        if card.task == "segment":
+            raise ConfigError(f"{card.name} is a segmentation, which needs tiles at its own scale, not whole images.")
         if model.on == "tissue":
             raise ConfigError(f"{card.name} is a bundle of whole images, and run.toml says on = 'tissue'.")
         return WholeSpec(tile_px=card.tile_px, fit=card.whole or "squash")
@@ -163,8 +202,9 @@ def _write_heatmaps(spec: RunSpec, items: Sequence[Item], context: Context, resu
         return result
     from slideflow_ray.aggregate import write_heatmaps
 
-    done = (e for e in result.ended if e.status == "done" and e.tiles and not e.pack)
-    work = [(e.slide_id, grid, model) for e in done for grid, model in e.grids]
+    mapped = {m.node for m in context.models if isinstance(m.tile, TileSpec) and m.task in ("classify", "multilabel")}
+    done = (e for e in result.ended if e.status == "done" and e.tiles)
+    work = [(e.slide_id, grid, model) for e in done for grid, model in e.grids if model in mapped]
     errors = write_heatmaps(context.out, work, scheduler=spec.dask)
     ended = tuple(failed(e.slide_id, errors[e.slide_id]) if e.slide_id in errors else e for e in result.ended)
     for item, e in zip(items, ended, strict=True):

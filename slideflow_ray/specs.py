@@ -97,6 +97,35 @@ class WholeSpec(Spec):
     fit: Literal["squash", "pad"]
 
 
+class ObjectSpec(Spec):
+    """How the objects of a segmentation are found in its plane.
+
+    `classes` are those that make objects; all but the first, the background, if empty. Objects below
+    `min_area_um2` are left out. `split` cuts objects that touch at narrow necks, never into
+    pieces whose centres are nearer than `min_distance_um`.
+    """
+
+    classes: tuple[str, ...] = ()
+    min_area_um2: Annotated[float, Field(ge=0)] = 0.0
+    fill_holes: bool = True
+    split: bool = False
+    min_distance_um: Annotated[float, Field(ge=0)] = 0.0
+
+
+class BoxSpec(Spec):
+    """A square around each object that the segmentation `of` has found, read as `tile_px` x `tile_px` pixels.
+
+    With `mpp` None each object is read at its own scale: the square is as long as the longer side of its
+    box, and `margin` of that more on each side. With `mpp` all squares are of tile_px at that
+    scale, around the middle of the box.
+    """
+
+    tile_px: Annotated[int, Field(ge=8, le=4096)]
+    of: str
+    margin: Annotated[float, Field(ge=0, le=4)] = 0.0
+    mpp: Positive | None = None
+
+
 class StoreSpec(Spec):
     """What is kept: `tiles` raw and lossless, or none. `chunk_rows` = 0 derives the chunk from the tile's size."""
 
@@ -128,17 +157,36 @@ ROUTES = ("modality", "stain", "scanner", "site", "sequence")
 """Columns of the cohort by which `where` sends items to models."""
 
 
+OBJECTS = "objects:"
+
+
 class ModelSpec(Spec):
-    """One bundle of the run and where it applies. `on`: tissue tiles or the whole image; the bundle says, if None."""
+    """One bundle of the run and where it applies.
+
+    `on`: "tissue" (tiles), "whole" (the image in one piece) or "objects:<model>" (each object that the
+    segmentation of that name finds in this run, with `margin` of its side around it); the bundle says, if None.
+    `features`: keep features too (encoders give nothing else). `objects`: how a segmentation's
+    objects are found.
+    """
 
     path: str
     where: dict[str, str] = {}
     on: str | None = None
+    margin: Annotated[float, Field(ge=0, le=4)] = 0.0
+    features: bool = False
+    objects: ObjectSpec = ObjectSpec()
+
+    @property
+    def segmentation(self) -> str | None:
+        """The name of the segmentation on whose objects the model runs, if it does."""
+        return self.on.removeprefix(OBJECTS) if self.on and self.on.startswith(OBJECTS) else None
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
-        if self.on not in (None, "tissue", "whole"):
-            raise ValueError(f'on = "{self.on}" is not supported yet; use "tissue" or "whole"')
+        if self.on not in (None, "tissue", "whole") and not self.segmentation:
+            raise ValueError(f'on = "{self.on}" is unknown; use "tissue", "whole" or "objects:<model>"')
+        if self.margin and not self.segmentation:
+            raise ValueError('margin belongs to on = "objects:<model>"')
         unknown = set(self.where) - set(ROUTES)
         if unknown:
             raise ValueError(f"where has unknown columns {sorted(unknown)}")

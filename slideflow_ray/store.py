@@ -179,6 +179,10 @@ class SlideStore:
                 dimension_names=("y", "x"),
             )
 
+    def open_plane(self, node: str) -> AnyZarrArray:
+        """Return a plane as an array that is read where it is sliced."""
+        return zarr.open_array(self.root, path=node, mode="r")
+
     def write_block(self, node: str, yx: tuple[int, int], block: Array) -> None:
         """Write one whole shard of a plane, beginning at (y, x)."""
         array = zarr.open_array(self.root, path=node, mode="r+")
@@ -186,7 +190,7 @@ class SlideStore:
 
     def read_plane(self, node: str, yx: tuple[int, int] = (0, 0), size: tuple[int, int] | None = None) -> Array:
         """Return a window of a plane, (h, w) from (y, x) on; all of it without `size`."""
-        array = zarr.open_array(self.root, path=node, mode="r")
+        array = self.open_plane(node)
         h, w = size or (array.shape[0] - yx[0], array.shape[1] - yx[1])
         return np.asarray(array[yx[0] : yx[0] + h, yx[1] : yx[1] + w])
 

@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "events", "geometry", "specs"],
     ["storage", "identity", "cohort", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
-    ["packs", "planes", "pipeline"],
+    ["packs", "planes", "layout", "pipeline"],
     ["execute", "aggregate"],
     ["accounting", "graph", "units", "run", "results", "evaluate", "train", "explain"],
     ["report", "export", "web", "nightly", "submit", "progress", "doctor", "demo"],
@@ -37,7 +37,7 @@ HEAVY = {
     "matplotlib": {"report.py", "plots.py"},
     "jinja2": {"report.py"},
     "pyarrow": {"tables.py"},
-    "shapely": {"annotations.py", "objects.py"},
+    "shapely": {"planes.py", "annotations.py", "objects.py"},
     "segmentation_models_pytorch": {"models/networks.py"},
     "sklearn": {"train/loop.py"},
 }

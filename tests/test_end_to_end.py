@@ -14,8 +14,8 @@ from slideflow_ray.accounting import read_run
 from slideflow_ray.annotations import slide_labels
 from slideflow_ray.cohort import Item, read_cohort
 from slideflow_ray.evaluate import evaluate
+from slideflow_ray.layout import read_grid
 from slideflow_ray.phantoms import write_cohort
-from slideflow_ray.pipeline import read_grid
 from slideflow_ray.report import write_report
 from slideflow_ray.results import Evaluation
 from slideflow_ray.run import run

@@ -13,8 +13,8 @@ from PIL import Image
 from slideflow_ray import cli
 from slideflow_ray.accounting import read_run
 from slideflow_ray.cohort import Item
+from slideflow_ray.layout import read_grid
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
-from slideflow_ray.pipeline import read_grid
 from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec
 from slideflow_ray.store import SlideStore

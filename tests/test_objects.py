@@ -243,11 +243,11 @@ def test_square_boxes_for_the_next_model() -> None:
     plane[10:14, 20:40] = 1
     plane[40:41, 0:1] = 1
     objects = find_objects(plane, 1, px0_per_px=(2.0, 2.0))
-    xy, wh = boxes_to_grid(objects, margin=0.25)
+    xy, wh = boxes_to_grid(np.array([thing.box_px0 for thing in objects]), margin=0.25)
     assert (xy.dtype, wh.dtype) == (np.int64, np.int32)
     assert wh.tolist() == [[60, 60], [3, 3]]
     assert xy.tolist() == [[60 - 30, 24 - 30], [0, 80]]
-    none, sizes = boxes_to_grid(())
+    none, sizes = boxes_to_grid(np.empty((0, 4), np.int64))
     assert none.shape == sizes.shape == (0, 2)
 
 
