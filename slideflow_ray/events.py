@@ -29,11 +29,18 @@ class SlidePlanned:
 
 @dataclass(frozen=True)
 class ChunkScored:
-    """One chunk of one slide has its scores in the store."""
+    """One chunk of one slide has its results in the store.
+
+    `models` gave them, on `worker`, from `began` to `ended` (seconds since the epoch).
+    """
 
     slide_id: str
     chunk: int
     tiles: int
+    models: tuple[str, ...] = ()
+    worker: str = ""
+    began: float = 0.0
+    ended: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from slideflow_ray.accounting import Ended, failed
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import Quarantined, SlideflowError, UnexpectedError
 from slideflow_ray.events import ChunkScored, Listener, SlideDone, SlideFailed, SlidePlanned, WorkerDied, silent
-from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
+from slideflow_ray.execute import Done, Failed, Lost, Outcome, Span, Task
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import SlidePlan
 
@@ -90,7 +90,10 @@ class RunGraph:
             self._planned(done.value)
         elif done.task.stage == "chunk":
             self.changed = True
-            self._listen(ChunkScored(slide_id, done.task.payload.index, done.value))
+            chunk, span = done.task.payload, done.span or Span("", 0.0, 0.0)
+            self._listen(
+                ChunkScored(slide_id, chunk.index, done.value, chunk.models, span.worker, span.began, span.ended)
+            )
             self._left[slide_id] -= 1
             self._derive_if_whole(slide_id)
         elif self._plans[slide_id].again:  # objects are known now, and with them further grids
@@ -114,7 +117,11 @@ class RunGraph:
             self._fail(slide_id, UnexpectedError(f"{slide_id}: objects were derived and are still not there."))
             return
         self._left[slide_id] = len(todo)
-        self._chunks.extend(Task("chunk", slide_id, chunk) for chunk in todo)
+        tasks = [Task("chunk", slide_id, chunk) for chunk in todo]
+        if slide_id in self._derived:  # nearly done: it goes first
+            self._chunks.extendleft(reversed(tasks))
+        else:
+            self._chunks.extend(tasks)
         self._derive_if_whole(slide_id)
 
     def _derive_if_whole(self, slide_id: str) -> None:

@@ -26,8 +26,11 @@ from slideflow_ray.annotations import class_of, read_geojson, rings_px0
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError, as_slideflow_error
 from slideflow_ray.metrics import Confusion, Interval
+from slideflow_ray.planes import objects_node, read_areas, read_objects
+from slideflow_ray.quality import BLURRED, read_quality
 from slideflow_ray.results import FITTED, JUDGED, LEVELS, Evaluation, OperatingPoint, Result, Table, read_evaluation
 from slideflow_ray.slides import open_slide
+from slideflow_ray.specs import OBJECTS, ObjectSpec
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tables import read_table
 from slideflow_ray.tissue import thumbnail
@@ -121,6 +124,8 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "slides": sorted(tables["slides"], key=lambda row: _ORDER[row["split"]])[:ROWS],
         "slides_left": max(0, len(tables["slides"]) - ROWS),
         "probability": _probability,
+        "quality": read_quality(out, record["outcomes"], ROWS),
+        "blurred": BLURRED,
         "cards": [card(out, item, record, found or Evaluation()) for item in shown],
         "cards_left": sum(o["status"] == "done" for o in record["outcomes"].values()) - len(shown),
         "ramp": ramp(),
@@ -151,8 +156,9 @@ def _settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     spec, profile = record["spec"], record["profile"] or {}
     rows = [("Cohort", str(spec["cohort"])), ("Results", str(spec["out"]))]
     for model in record["models"]:
-        rows.append((f"Model {model['name']}", f"{model['task']}: {', '.join(model['classes'])}; {model['path']}"))
-        rows.append(("Tiles", f"{model['tile_px']} px at {model['mpp']:g} um per px; node {model['node']}"))
+        what = f"{model['task']}: {', '.join(model['classes'])}" if model["classes"] else model["task"]
+        rows.append((f"Model {model['name']}", f"{what}; {model['path']}"))
+        rows.append(("Reads", f"{_reads(model)}; node {model['node']}"))
     tissue = spec["tissue"]
     rows.append(
         ("Tissue", f"rule {tissue['rule']} at {tissue['mpp']:g} um per px; tiles with >= {spec['min_tissue']:.0%}")
@@ -165,6 +171,16 @@ def _settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     if record["seconds"] is not None:
         rows.append(("Last run took", f"{record['seconds']:,.1f} s"))
     return rows
+
+
+def _reads(model: Mapping[str, Any]) -> str:
+    """What a model is given, in words."""
+    scale = f"{model['tile_px']} px" + (f" at {model['mpp']:g} um per px" if model["mpp"] else "")
+    if model["on"] == "whole":
+        return f"images in one piece, as {scale}"
+    if model["on"].startswith(OBJECTS):
+        return f"each object of {model['on'].removeprefix(OBJECTS)}, as {scale}"
+    return f"tiles of {scale}"
 
 
 # a model
@@ -274,12 +290,19 @@ def card(out: Path, item: Item, record: Mapping[str, Any], found: Evaluation) ->
     store = SlideStore(out, item.slide_id)
     outcome = record["outcomes"][item.slide_id]
     shown: dict[str, Any] = {"item": item, "tiles": outcome["tiles"], "missing": [], "outlines": [], "heatmaps": []}
+    shown |= {"planes": [], "scores": list(_whole_scores(out, outcome, record))}
+    if not outcome["laid"]:
+        return shown | {"thumbnail": _thumbnail(item, shown["missing"])}
     try:
         about = store.attrs
         shown |= {"size_px0": about["size_px0"], "mpp0": about["mpp0"]}
         shown["scale_bar"] = scale_bar(about["size_px0"][0], about["mpp0"])
         shown["outlines"] = list(_tissue(store))
-        shown["heatmaps"] = [_heatmap(store, grid, node, record, found) for grid, node in outcome["grids"]]
+        for grid, node in outcome["grids"]:
+            if store.committed(f"heatmaps/{grid}/{node}"):
+                shown["heatmaps"].append(_heatmap(store, grid, node, record, found))
+            if store.committed(f"planes/{grid}/{node}"):
+                shown["planes"].append(_plane(store, grid, node, record))
     except (SlideflowError, OSError, KeyError) as error:
         shown["missing"].append(f"Its results cannot be read: {_cause(error)}")
     shown["thumbnail"] = _thumbnail(item, shown["missing"])
@@ -350,6 +373,57 @@ def _heatmap(store: SlideStore, grid: str, node: str, record: Mapping[str, Any],
         "called": edges(called, (first - scale / 2, first - scale / 2), scale),
         "share": float(called.sum() / len(cells)),
     }
+
+
+def _whole_scores(out: Path, outcome: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What each model says of an image in one piece: probability by class."""
+    models = {m["node"]: m for m in record["models"]}
+    for grid, node in outcome.get("packed", ()):
+        store = SlideStore(out, outcome["pack"])
+        if not store.committed(f"scores/{grid}/{node}"):
+            continue
+        row = outcome["row"]
+        values = aggregate.probability(store.read_rows(f"scores/{grid}/{node}", row, row + 1))[0]
+        yield {
+            "name": models[node]["name"],
+            "classes": list(zip(models[node]["classes"], values.tolist(), strict=True)),
+        }
+
+
+CLASS_COLOURS = ("#f0f0ec", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")
+"""The background, then colours that every colour vision tells apart (M. Okabe and K. Ito, 2008), over and over."""
+
+
+def _plane(store: SlideStore, grid: str, node: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A segmentation as a picture with its place in px0, the area of each class, and its objects."""
+    i, model = next((i, m) for i, m in enumerate(record["models"]) if m["node"] == node)
+    spec = ObjectSpec.model_validate(record["spec"]["model"][i]["objects"])
+    at = f"planes/{grid}/{node}"
+    datasets = store.node_attrs(at)["ome"]["multiscales"][0]["datasets"]
+    planes = (store.open_plane(f"{at}/{d['path']}") for d in datasets)
+    level = next((n for n, p in enumerate(planes) if max(p.shape) <= 2 * THUMBNAIL_PX), len(datasets) - 1)
+    values = store.read_plane(f"{at}/{level}")
+    step = max(1, math.ceil(max(values.shape) / (2 * THUMBNAIL_PX)))
+    values = values[::step, ::step]
+    px0 = step * datasets[level]["coordinateTransformations"][0]["scale"][0] / store.attrs["mpp0"]
+    colours = [_class_colour(c) for c in range(len(model["classes"]))]
+    palette = np.zeros((256, 4), np.uint8)
+    palette[: len(colours)] = [[*bytes.fromhex(colour[1:]), 255] for colour in colours]
+    objects = read_objects(store, objects_node(grid, node, spec))
+    areas, counts = read_areas(store, grid, node), np.bincount(objects.class_index, minlength=len(colours))
+    rows = zip(
+        model["classes"], colours, (areas[name] / 1e6 for name in model["classes"]), counts.tolist(), strict=True
+    )
+    return {
+        "name": model["name"],
+        "image": data_uri(palette[values], "png"),
+        "box": (0, 0, values.shape[1] * px0, values.shape[0] * px0),
+        "classes": list(rows),
+    }
+
+
+def _class_colour(index: int) -> str:
+    return CLASS_COLOURS[0] if index == 0 else CLASS_COLOURS[1 + (index - 1) % (len(CLASS_COLOURS) - 1)]
 
 
 def _told(values: npt.NDArray[np.float32], model: Mapping[str, Any]) -> int:

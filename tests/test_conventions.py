@@ -20,6 +20,7 @@ LAYERS = [
     ["packs", "planes", "layout", "pipeline"],
     ["execute", "aggregate"],
     ["accounting", "graph", "units", "run", "results", "evaluate", "train", "explain"],
+    ["quality"],
     ["report", "export", "web", "nightly", "submit", "progress", "doctor", "demo"],
     ["cli"],
 ]

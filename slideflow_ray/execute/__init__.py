@@ -33,11 +33,21 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Who worked on a task, and from when to when, in seconds since the epoch."""
+
+    worker: str
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True)
 class Done:
-    """A task ended well; `value` is what its stage returned."""
+    """A task ended well; `value` is what its stage returned, `span` its last stretch (of a chunk: the scoring)."""
 
     task: Task
     value: Any
+    span: Span | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,10 @@ Errors become values here, once: a slide that fails is a result.
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 
 from slideflow_ray import pipeline, profile
 from slideflow_ray.errors import ProfileError, SlideflowError, UnexpectedError, as_slideflow_error
-from slideflow_ray.execute import Done, Failed, Task
+from slideflow_ray.execute import Done, Failed, Span, Task
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import Context, OpenSlides, Pixels, Scorer, SlidePlan
 
@@ -92,8 +95,11 @@ def attempt(task: Task, call: Any) -> Done | Failed:
 
     Broad on purpose: whatever one slide raises must not end the others.
     """
+    began = time.time()
     try:
-        return Done(task, call())
+        value = call()
+        worker = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
+        return Done(task, value, Span(worker, began, time.time()))
     except SlideflowError as error:
         return Failed(task, error)
     except Exception as error:  # noqa: BLE001
