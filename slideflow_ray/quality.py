@@ -38,7 +38,7 @@ class Quality:
 
 
 def read_quality(out: Path, outcomes: Mapping[str, Mapping[str, Any]], limit: int = 2000) -> list[Quality]:
-    """Return the quality of the first `limit` slides that are done, on each regular grid, but for what is unreadable."""
+    """Return the quality of the first `limit` slides that are done, by regular grid, but for what is unreadable."""
     found: list[tuple[Quality, npt.NDArray[np.float32]]] = []
     for slide_id, outcome in list(outcomes.items())[:limit]:
         if outcome["status"] == "done":

@@ -86,7 +86,7 @@ def write_scored_run(
     names: dict[str, str] | None = None,
     heatmaps: bool = False,
 ) -> Path:
-    model = RunModel("fake", NODE, ModelSpec(path="/bundles/fake"), TILE, task, classes)
+    model = RunModel("fake", NODE, ModelSpec(path="/bundles/fake"), TILE, task, classes, ())
     spec = RunSpec(cohort="cohort.csv", out=str(out), model=(model.spec,), labels=LabelSpec(names=names or {}))
     ended = []
     for slide in slides:
