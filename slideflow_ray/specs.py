@@ -194,12 +194,17 @@ class ModelSpec(Spec):
 
 
 class ExecutorSpec(Spec):
-    """Where the run is worked off. `workers` = 0 takes every core (or GPU) the executor may use."""
+    """Where the run is worked off. `workers` = 0 takes every core (or GPU) the executor may use.
+
+    `models`: all of them on each GPU ("together"), or each on GPUs of its own where they do not fit
+    together ("apart"); a chunk is read once either way.
+    """
 
     kind: Literal["inline", "ray"] = "inline"
     address: str | None = None
     workers: Annotated[int, Field(ge=0)] = 0
     readers_per_gpu: Annotated[int, Field(ge=1)] = 4
+    models: Literal["together", "apart"] = "together"
 
 
 class LabelSpec(Spec):

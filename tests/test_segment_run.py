@@ -290,6 +290,22 @@ def test_three_models_on_two_pretended_gpus_overlap_and_give_the_same_bytes(made
     assert any("kinds" in pair and len(pair) == 2 for pair in overlapping)
 
 
+@pytest.mark.ray
+def test_models_on_gpus_of_their_own_give_the_same_bytes(made, reference, tmp_path, local_ray):
+    out = tmp_path / "out"
+    executor = {"kind": "ray", "readers_per_gpu": 2, "models": "apart"}
+    events = []
+    again = {"path": str(made / "tiles"), "features": True}
+    run(spec(made, out, again, "discs", "kinds", executor=executor), listen=events.append)
+    mine = {key: value for key, value in stores_digest(out).items() if "/features/" not in key}
+    assert mine == stores_digest(reference)
+    names = {m["node"]: m["name"] for m in read_run(out)["models"]}
+    workers: dict[str, set[str]] = {}
+    for e in (e for e in events if isinstance(e, ChunkScored)):
+        workers.setdefault(e.worker.split(":")[1], set()).update(names[m] for m in e.models)
+    assert sorted(map(sorted, workers.values())) == [["discs"], ["kinds", "tiles"]]
+
+
 def test_objects_of_one_slide_are_classified_while_others_are_segmented(made, tmp_path):
     events = []
     run(spec(made, tmp_path / "out", "discs", "kinds"), listen=events.append)

@@ -13,6 +13,7 @@ import socket
 import stat
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slideflow_ray.errors import InfrastructureError, SlideflowError
 from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
+from slideflow_ray.execute.parts import Parts
 from slideflow_ray.execute.worker import ModelScorer, Reader
 from slideflow_ray.pipeline import Context, Pixels
 from slideflow_ray.profile import ComputeProfile, resolve
@@ -76,8 +78,8 @@ class Fused:
 class GpuScorer:
     """An actor that owns a GPU (or a share of one) and the models on it."""
 
-    def __init__(self, context: Context) -> None:
-        self._scorer = ModelScorer(context)
+    def __init__(self, context: Context, models: frozenset[str] | None = None) -> None:
+        self._scorer = ModelScorer(context, models)
         self._turn = threading.Lock()
 
     def load(self) -> int:
@@ -119,7 +121,7 @@ def _resolve(compute: ComputeSpec) -> ComputeProfile:
 
 @dataclass
 class Worker:
-    """One place that takes tasks: a fused actor, or a scorer with its readers."""
+    """One place that takes tasks: a fused actor, or a scorer with its readers. `models` are those it has."""
 
     name: str
     index: int
@@ -128,6 +130,11 @@ class Worker:
     flight: dict[Any, Task] = field(default_factory=dict)
     turn: int = 0
     starts: int = 0
+    models: frozenset[str] | None = None
+
+    def has(self, task: Task) -> bool:
+        """Return whether the models of a task are here."""
+        return self.models is None or not task.loads_models or self.models.issuperset(task.payload.models)
 
     @property
     def exclusive(self) -> bool:
@@ -151,6 +158,7 @@ class RayPool:
         self._context: Any = None
         self._loaded = False
         self._news: list[Outcome] = []
+        self._parts = Parts()
 
     def profile(self, compute: ComputeSpec) -> ComputeProfile:
         """Return the compute profile of a worker: the driver may be a laptop without the GPU."""
@@ -164,7 +172,18 @@ class RayPool:
     def load(self, context: Context) -> None:
         """Start the actors; they load the models when the first chunk comes."""
         self._context = ray.put(context)
-        self._workers = [self._start(Worker(f"worker {i}", i)) for i in range(self.workers)]
+        shares = self._shares([model.node for model in context.models])
+        self._parts = Parts([share for share in shares if share is not None])
+        self._workers = [self._start(Worker(f"worker {i}", i, models=share)) for i, share in enumerate(shares)]
+
+    def _shares(self, models: Sequence[str]) -> list[frozenset[str] | None]:
+        """Return the models of each worker: all, or with "apart" one model on each GPU, in turn."""
+        n = self.workers
+        if self.spec.models == "together" or not self.gpus or len(models) < 2 or n < 2:
+            return [None] * n
+        if n >= len(models):
+            return [frozenset([models[i % len(models)]]) for i in range(n)]
+        return [frozenset(models[i::n]) for i in range(n)]
 
     # starting
 
@@ -191,12 +210,12 @@ class RayPool:
         if not group.wait(START_TIMEOUT_S):
             raise InfrastructureError("No node has a free GPU with the cores for its readers.")
 
-        def start(kind: type, bundle: int, **options: Any) -> Any:
+        def start(kind: type, bundle: int, *arguments: Any, **options: Any) -> Any:
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
             limits = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": share, "scheduling_strategy": place}
-            return ray.remote(kind).options(**limits, **options).remote(self._context)
+            return ray.remote(kind).options(**limits, **options).remote(self._context, *arguments)
 
-        scorer = start(GpuScorer, 0, num_gpus=1, max_concurrency=AHEAD)
+        scorer = start(GpuScorer, 0, worker.models, num_gpus=1, max_concurrency=AHEAD)
         return [scorer, *(start(RemoteReader, i, num_gpus=0, runtime_env=_NO_GPU) for i in range(1, k + 1))]
 
     def _load_models(self) -> None:
@@ -241,7 +260,7 @@ class RayPool:
         """Take a task. Raises the error of a model that does not load when it is the first chunk."""
         if task.loads_models:
             self._load_models()
-        self._waiting.append(task)
+        self._waiting.extend(self._parts.split(task))
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -254,17 +273,12 @@ class RayPool:
                 worker.flight[self._send(worker, task)] = task
 
     def _place_for(self, task: Task) -> Worker | None:
-        """The least busy worker that may take the task. A task that must be alone keeps worker 0 free for itself."""
+        """The least busy worker that may take the task. A task that must be alone has a worker kept free for it."""
+        able = [w for w in self._workers if w.has(task)]
         if task.alone:
-            return next((w for w in self._workers if not w.flight), None)
-        reserved = len(self._workers) > 1 and any(t.alone for t in self._waiting)
-        free = [
-            w
-            for w in self._workers
-            if len(w.flight) < self.limit and not w.exclusive and not (reserved and w.index == 0)
-        ]
-        if len(self._workers) == 1 and any(t.alone for t in self._waiting):
-            return None
+            return next((w for w in able if not w.flight), None)
+        kept = {next((w.index for w in self._workers if w.has(t)), -1) for t in self._waiting if t.alone}
+        free = [w for w in able if len(w.flight) < self.limit and not w.exclusive and w.index not in kept]
         return min(free, key=lambda w: len(w.flight), default=None)
 
     def _send(self, worker: Worker, task: Task) -> Any:
@@ -274,7 +288,11 @@ class RayPool:
         reader = worker.actors[worker.turn]
         if not task.loads_models:
             return reader.perform.remote(task)
-        return worker.actors[0].score.remote(task, reader.read.remote(task))
+        whole = self._parts.whole(task)
+        if whole is None:
+            return worker.actors[0].score.remote(task, reader.read.remote(task))
+        whole.pixels = whole.pixels or reader.read.remote(task)  # one reading for all its parts
+        return worker.actors[0].score.remote(task, whole.pixels)
 
     def wait(self) -> list[Outcome]:
         """Return the outcomes that have come in."""
@@ -290,7 +308,7 @@ class RayPool:
                 outcomes += self._outcome(refs[ref], ref)
         outcomes, self._news = [*self._news, *outcomes], []
         self._dispatch()
-        return outcomes
+        return self._parts.join(outcomes)
 
     def _outcome(self, worker: Worker, ref: Any) -> list[Outcome]:
         try:

@@ -54,17 +54,19 @@ class Reader:
 class ModelScorer:
     """Scores chunks with models that it loads once each."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, models: frozenset[str] | None = None) -> None:
         self.context = context
+        self._models = frozenset(model.node for model in context.models) if models is None else models
         self._loaded: dict[str, Scorer] = {}
         self._loading = threading.Lock()
 
     def load(self) -> None:
-        """Load every model of the run. Raises ProfileError, BundleError."""
+        """Load the models of this place: all of the run, unless told which. Raises ProfileError, BundleError."""
         if self.context.profile is not None:
             profile.check(self.context.profile)
         for model in self.context.models:
-            self.scorer(model.node)
+            if model.node in self._models:
+                self.scorer(model.node)
 
     def pin(self) -> None:
         """Give the calling thread one torch thread of its own, if there is anything to score."""
