@@ -26,6 +26,7 @@ from slideflow_ray.annotations import class_of, read_geojson, rings_px0
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError, as_slideflow_error
 from slideflow_ray.metrics import Confusion, Interval
+from slideflow_ray.packs import UNSCALED
 from slideflow_ray.planes import objects_node, read_areas, read_objects
 from slideflow_ray.quality import BLURRED, read_quality
 from slideflow_ray.results import FITTED, JUDGED, LEVELS, Evaluation, OperatingPoint, Result, Table, read_evaluation
@@ -114,6 +115,7 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "title": Path(record["spec"]["cohort"]).stem,
         "counts": record["counts"],
         "total": len(items),
+        "in_one_piece": any(o.get("pack") for o in record["outcomes"].values()),
         "finished": record["finished"],
         "failures": [o for o in record["outcomes"].values() if o["status"] != "done"],
         "no_tissue": [s for s, o in record["outcomes"].items() if o.get("outcome") == "no_tissue"],
@@ -193,6 +195,7 @@ def _model(model: Mapping[str, Any], found: Evaluation, curves: Sequence[Mapping
     names = list(dict.fromkeys(r.class_name for r in results))
     return {
         "name": model["name"],
+        "task": model["task"],
         "headline": headline,
         "point": points.get((headline.level, headline.class_name)) if headline else None,
         "overall": _overall(model["node"], results, found.tables),
@@ -292,7 +295,7 @@ def card(out: Path, item: Item, record: Mapping[str, Any], found: Evaluation) ->
     shown: dict[str, Any] = {"item": item, "tiles": outcome["tiles"], "missing": [], "outlines": [], "heatmaps": []}
     shown |= {"planes": [], "scores": list(_whole_scores(out, outcome, record))}
     if not outcome["laid"]:
-        return shown | {"thumbnail": _thumbnail(item, shown["missing"])}
+        return shown | {"thumbnail": _thumbnail(item, shown["missing"], UNSCALED)}
     try:
         about = store.attrs
         shown |= {"size_px0": about["size_px0"], "mpp0": about["mpp0"]}
@@ -315,10 +318,10 @@ def _cause(error: BaseException) -> str:
     return f"{known.code}: {known.message}"
 
 
-def _thumbnail(item: Item, missing: list[str]) -> str | None:
+def _thumbnail(item: Item, missing: list[str], unscaled: float | None = None) -> str | None:
     """The slide as a JPEG data URI; None, and why, where it cannot be opened any more."""
     try:
-        with open_slide(item.uri, mpp=item.mpp) as reader:
+        with open_slide(item.uri, mpp=item.mpp or unscaled) as reader:
             factor = min(1.0, THUMBNAIL_PX / max(reader.size_px0))
             size = (max(1, round(reader.size_px0[0] * factor)), max(1, round(reader.size_px0[1] * factor)))
             return data_uri(thumbnail(reader, size), "jpeg")

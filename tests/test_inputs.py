@@ -179,3 +179,20 @@ def test_why_a_slide_has_no_tissue_is_kept(bundles, tmp_path):
     assert said["glass"] == ["no pixel is stained", None, "no pixel is stained"]
     assert said["speck"][0] == ""
     assert said["speck"][1] > 0
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["cmu1small_pyramid.ome.tif", "cmu1small_pyramid_jpeg.tif"])
+def test_copies_that_were_compressed_again_are_scored_nearly_alike(name, data, at, copies, tmp_path):
+    items = [Item(slide_id="svs", uri=copies["svs"]), Item(slide_id="copy", uri=str(data / "slides" / name))]
+    assert run(run_spec(tmp_path, at[0.5]), items).counts == {"done": 2, "failed": 0, "refused": 0}
+    svs, copy = rows_of(tmp_path, "svs"), rows_of(tmp_path, "copy")
+    margins = [
+        {tuple(xy): m for xy, m in zip(rows["xy_px0"].tolist(), rows["margins"][:, 1], strict=True)}
+        for rows in (svs, copy)
+    ]
+    both = sorted(set(margins[0]) & set(margins[1]))
+    assert len(both) >= 0.95 * max(map(len, margins))
+    one, other = (np.array([m[xy] for xy in both]) for m in margins)
+    assert not np.array_equal(one, other)
+    assert np.corrcoef(one, other)[0, 1] > 0.95
