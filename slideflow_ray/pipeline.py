@@ -371,8 +371,9 @@ def read_chunk(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
         pixels = read(context, chunk, slides)
         if context.store.tiles == "lossless":
             store.write_chunk(node, chunk.index, pixels)
-    if isinstance(chunk.tile, TileSpec) and not store.has_chunk(f"focus/{chunk.grid}", chunk.index, ndim=1):
-        store.write_chunk(f"focus/{chunk.grid}", chunk.index, focus(pixels))
+    sharp = f"focus/{chunk.grid}"
+    if store.has(f"{sharp}/zarr.json") and not store.has_chunk(sharp, chunk.index, ndim=1):
+        store.write_chunk(sharp, chunk.index, focus(pixels))
     return pixels
 
 

@@ -44,7 +44,7 @@ def test_run_toml_is_relative_to_itself(tmp_path):
         (TOML.replace("stain", "colour"), "unknown columns"),
         ('cohort = "c"\nout = "o"\n', "name at least one"),
         ("cohort = ", "not valid TOML"),
-        (TOML.replace("[store]", 'on = "objects:x"\n[store]'), "not supported yet"),
+        (TOML.replace("[store]", 'on = "everything"\n[store]'), "is unknown"),
     ],
 )
 def test_a_bad_setting_is_named(tmp_path, text, said):
