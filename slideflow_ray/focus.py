@@ -53,19 +53,38 @@ def _variance(values: npt.NDArray[np.int16]) -> float:
     return int(np.einsum("i,i->", wide, wide, dtype=np.int64, casting="safe")) / wide.size - mean**2
 
 
+STAINED: Final = 0.15
+"""Optical density above which a pixel counts as stained (M. Macenko et al., ISBI 2009)."""
+
+
 def slide_focus(reader: SlideReader, tissue: TissueMask) -> float | None:
-    """Return the median focus of up to SAMPLE tiles spread evenly over the tissue, or None where there is none.
+    """Return the median focus of the tiles of `sample`, or None where there is no tissue. Raises ReadError."""
+    tiles = sample(reader, tissue)
+    return float(np.median(focus(tiles))) if len(tiles) else None
+
+
+def stain_density(tiles: Pixels) -> tuple[float, float, float] | None:
+    """Return the mean optical density, -log10((v + 1) / 256), of stained pixels: (red, green, blue), None of none."""
+    density = -np.log10((np.arange(256) + 1) / 256)[tiles]
+    stained = density[density.mean(axis=-1) > STAINED]
+    if not len(stained):
+        return None
+    red, green, blue = stained.mean(axis=0).tolist()
+    return red, green, blue
+
+
+def sample(reader: SlideReader, tissue: TissueMask) -> Pixels:
+    """Return up to SAMPLE tiles spread evenly over the tissue, uint8 (n, SAMPLE_PX, SAMPLE_PX, 3).
 
     Which tiles depends on the mask alone. Raises ReadError.
     """
     rows, cols = np.nonzero(tissue.mask)
     if not len(rows):
-        return None
+        return np.empty((0, SAMPLE_PX, SAMPLE_PX, 3), np.uint8)
     mpp = SAMPLE_MPP if SAMPLE_MPP / 10 <= reader.mpp0 < SAMPLE_MPP else reader.mpp0
     side = SAMPLE_PX * mpp / reader.mpp0
     picked = np.unique(((np.arange(SAMPLE) + 0.5) * len(rows) / SAMPLE).astype(np.int64))
     centres = (np.column_stack([cols[picked], rows[picked]]) + 0.5) * np.asarray(tissue.px0_per_px)
     limit = np.maximum(np.asarray(reader.size_px0) - side, 0)
     xy_px0 = np.rint(np.clip(centres - side / 2, 0, limit)).astype(np.int64)
-    tiles = read_tiles(reader, np.unique(xy_px0, axis=0), tile_px=SAMPLE_PX, mpp=mpp)
-    return float(np.median(focus(tiles)))
+    return read_tiles(reader, np.unique(xy_px0, axis=0), tile_px=SAMPLE_PX, mpp=mpp)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slideflow_ray.cohort import Item
-from slideflow_ray.focus import slide_focus
+from slideflow_ray.focus import focus, sample, stain_density
 from slideflow_ray.geometry import scale_of
 from slideflow_ray.grid import Grid, make_grid
 from slideflow_ray.objects import boxes_to_grid
@@ -119,11 +119,13 @@ def tissue_mask(
     if store.committed(node):
         return node, read_tissue(store, node)
     found = find_tissue(reader, spec, item.modality, item.mask)
+    tiles = sample(reader, found)
     attributes = {
         "px0_per_px": list(found.px0_per_px),
         "rule": found.rule,
         "reason": found.reason,
-        "focus": slide_focus(reader, found),
+        "focus": float(np.median(focus(tiles))) if len(tiles) else None,
+        "stain": stain_density(tiles),
         "determines": determines,
     }
     store.write_array(f"{node}/mask", found.mask, attributes)

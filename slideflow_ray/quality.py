@@ -22,8 +22,9 @@ class Quality:
     """One slide on one grid.
 
     tissue_mm2, tissue_share : area of the tissue, and its share of the slide. focus : the slide's own, at a scale
-    that all slides share. tile_focus : 5th percentile, median and 95th percentile of its tiles'.
-    blurred : share of its tiles below BLURRED of the cohort's median; reason : why nothing is left, if nothing is.
+    that all slides share. stain : mean optical density of what is stained, in red, green and blue.
+    tile_focus : 5th percentile, median and 95th percentile of its tiles'. blurred : share of its tiles
+    below BLURRED of the cohort's median; reason : why nothing is left, if nothing is.
     """
 
     slide_id: str
@@ -32,6 +33,7 @@ class Quality:
     tissue_mm2: float
     tissue_share: float
     focus: float | None
+    stain: tuple[float, float, float] | None
     tile_focus: tuple[float, float, float] | None
     blurred: float | None
     reason: str
@@ -69,6 +71,7 @@ def _of(store: SlideStore, grid: str) -> list[tuple[Quality, npt.NDArray[np.floa
         tissue_mm2=float(mask.sum()) * px_mm2,
         tissue_share=float(mask.mean()),
         focus=tissue["focus"],
+        stain=None if tissue.get("stain") is None else tuple(tissue["stain"]),
         tile_focus=None if five is None else (float(five[0]), float(five[1]), float(five[2])),
         blurred=None,
         reason=about.get("reason", ""),

@@ -25,11 +25,12 @@ from slideflow_ray import accounting, aggregate, storage
 from slideflow_ray.annotations import class_of, read_geojson, rings_px0
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError, as_slideflow_error
+from slideflow_ray.figures import distribution, pr_figure, roc_figure
 from slideflow_ray.metrics import Confusion, Interval
 from slideflow_ray.packs import UNSCALED
 from slideflow_ray.planes import objects_node, read_areas, read_objects
 from slideflow_ray.quality import BLURRED, read_quality
-from slideflow_ray.results import FITTED, JUDGED, LEVELS, Evaluation, OperatingPoint, Result, Table, read_evaluation
+from slideflow_ray.results import FITTED, JUDGED, Evaluation, Result, Table, read_evaluation
 from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import OBJECTS, ObjectSpec
 from slideflow_ray.store import SlideStore
@@ -37,15 +38,17 @@ from slideflow_ray.tables import read_table
 from slideflow_ray.tissue import thumbnail
 
 CARDS = 24
-"""Slides that are shown with pictures; each adds about 150 KB."""
+"""Slides that are shown with all their pictures; each adds about 150 KB."""
+
+SHEET = 400
+"""Further slides that are shown small, with their heatmap; each adds about 8 KB."""
+
+SMALL_PX = 170
 
 ROWS = 2000
 """Slides that the table lists; slides.parquet has them all."""
 
 THUMBNAIL_PX = 800
-POINTS = 400
-"""A drawn curve keeps at most this many points."""
-
 COLOURS = "cividis"
 """A map that reads the same with every colour vision and in grey (Nunez et al., PLoS ONE 13 (2018) e0199239)."""
 
@@ -110,7 +113,8 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         {name: _table(out / f"{name}.parquet") for name in ("slides", "roc")} if found else {"slides": [], "roc": []}
     )
     items = [Item.parse(row, "run.json") for row in record["items"]]
-    shown = _chosen(items, record, cards)
+    done = _chosen(items, record)
+    sheet = [small for item in done[cards : cards + SHEET] if (small := _small(out, item, record))]
     return {
         "title": Path(record["spec"]["cohort"]).stem,
         "counts": record["counts"],
@@ -128,8 +132,9 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "probability": _probability,
         "quality": read_quality(out, record["outcomes"], ROWS),
         "blurred": BLURRED,
-        "cards": [card(out, item, record, found or Evaluation()) for item in shown],
-        "cards_left": sum(o["status"] == "done" for o in record["outcomes"].values()) - len(shown),
+        "cards": [card(out, item, record, found or Evaluation()) for item in done[:cards]],
+        "sheet": sheet,
+        "cards_left": max(0, len(done) - cards) - len(sheet),
         "ramp": ramp(),
     }
 
@@ -148,10 +153,10 @@ def _probability(margin: float | None) -> float | None:
 _ORDER = {JUDGED: 0, FITTED: 1, "train": 2, None: 3}
 
 
-def _chosen(items: Sequence[Item], record: Mapping[str, Any], cards: int) -> list[Item]:
-    """The slides shown with pictures: test first, as that is what the answer is about."""
+def _chosen(items: Sequence[Item], record: Mapping[str, Any]) -> list[Item]:
+    """The slides in the order in which pictures show them: test first, as that is what the answer is about."""
     done = [i for i in items if record["outcomes"].get(i.slide_id, {}).get("status") == "done"]
-    return sorted(done, key=lambda item: _ORDER[item.split])[:cards]
+    return sorted(done, key=lambda item: _ORDER[item.split])
 
 
 def _settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -202,6 +207,10 @@ def _model(model: Mapping[str, Any], found: Evaluation, curves: Sequence[Mapping
         "results": [r for r in results if r.split == JUDGED] + [r for r in results if r.split == FITTED],
         "points": list(points.values()),
         "rocs": [roc_figure(model["node"], name, results, points, curves) for name in names],
+        "prs": [pr_figure(model["node"], name, results, points, curves) for name in names],
+        "distributions": [
+            drawn for name in names if (drawn := distribution(model["node"], name, points.get(("tile", name)), curves))
+        ],
         "confusions": list(_confusions(model, results, found.tables)),
     }
 
@@ -240,41 +249,11 @@ def _shown(confusion: Confusion) -> dict[str, Any]:
         "classes": confusion.classes,
         "counts": confusion.counts.tolist(),
         "shares": confusion.by_true().tolist(),
+        "of_all": (confusion.counts / max(1, confusion.total)).tolist(),
         "total": confusion.total,
         "accuracy": confusion.accuracy,
         "kappa": confusion.kappa,
     }
-
-
-def roc_figure(
-    model: str,
-    name: str,
-    results: Sequence[Result],
-    points: Mapping[tuple[Any, str], OperatingPoint],
-    curves: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Return the ROC of one class on test: per level a path in a box of 100 x 100 and the operating point on it."""
-    lines = []
-    for level in LEVELS[:2]:
-        rows = [
-            (row["fpr"], row["tpr"])
-            for row in curves
-            if (row["model"], row["class"], row["level"], row["split"]) == (model, name, level, JUDGED)
-        ]
-        result = next((r for r in results if (r.class_name, r.level, r.split) == (name, level, JUDGED)), None)
-        if rows and result:
-            mark = None
-            if (level, name) in points and result.rates["specificity"] is not None:
-                mark = (100 - 100 * result.rates["specificity"], 100 - 100 * (result.rates["sensitivity"] or 0))
-            lines.append({"level": level, "path": _curve_path(rows), "mark": mark, "auc": result.auc})
-    return {"class_name": name, "lines": lines}
-
-
-def _curve_path(rows: Sequence[tuple[float, float]]) -> str:
-    """Draw from (0, 0) through the thresholds to (1, 1), thinned evenly."""
-    points = np.array([(0.0, 0.0), *rows])
-    keep = np.unique(np.linspace(0, len(points) - 1, min(len(points), POINTS)).round().astype(int))
-    return "M" + "L".join(f"{100 * x:.2f} {100 - 100 * y:.2f}" for x, y in points[keep])
 
 
 # a slide
@@ -318,11 +297,38 @@ def _cause(error: BaseException) -> str:
     return f"{known.code}: {known.message}"
 
 
-def _thumbnail(item: Item, missing: list[str], unscaled: float | None = None) -> str | None:
+def _small(out: Path, item: Item, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A slide at the size of a stamp, with the heatmap of its first model beside it; None where neither is there."""
+    outcome = record["outcomes"][item.slide_id]
+    store = SlideStore(out, item.slide_id)
+    shown: dict[str, Any] = {"item": item, "heatmap": None, "size_px0": None}
+    shown["thumbnail"] = _thumbnail(item, [], None if outcome["laid"] else UNSCALED, SMALL_PX)
+    try:
+        shown["size_px0"] = store.attrs["size_px0"] if outcome["laid"] else None
+        mapped = [pair for pair in outcome["grids"] if store.committed(f"heatmaps/{pair[0]}/{pair[1]}")]
+        if mapped:
+            grid, node = mapped[0]
+            model = next(m for m in record["models"] if m["node"] == node)
+            values = aggregate.read_heatmap(store, grid, node)
+            shown["heatmap"] = data_uri(coloured(_stamp(values[_told(values, model)])), "png")
+            shown["box"] = _box(store, grid, node, values.shape[1:])
+    except (SlideflowError, OSError, KeyError):
+        shown["heatmap"] = None
+    return shown if shown["thumbnail"] or shown["heatmap"] else None
+
+
+def _stamp(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    step = max(1, max(values.shape) // SMALL_PX)
+    return values[::step, ::step]
+
+
+def _thumbnail(
+    item: Item, missing: list[str], unscaled: float | None = None, longest: int = THUMBNAIL_PX
+) -> str | None:
     """The slide as a JPEG data URI; None, and why, where it cannot be opened any more."""
     try:
         with open_slide(item.uri, mpp=item.mpp or unscaled) as reader:
-            factor = min(1.0, THUMBNAIL_PX / max(reader.size_px0))
+            factor = min(1.0, longest / max(reader.size_px0))
             size = (max(1, round(reader.size_px0[0] * factor)), max(1, round(reader.size_px0[1] * factor)))
             return data_uri(thumbnail(reader, size), "jpeg")
     except (SlideflowError, OSError) as error:
@@ -359,8 +365,8 @@ def _heatmap(store: SlideStore, grid: str, node: str, record: Mapping[str, Any],
     model = next(m for m in record["models"] if m["node"] == node)
     values, cells = aggregate.read_heatmap(store, grid, node), store.read(f"grids/{grid}/rowcol")
     c = _told(values, model)
-    scale, first = _placed(store.node_attrs(f"heatmaps/{grid}/{node}"), store.attrs["mpp0"])
-    name = model["classes"][c]
+    left, top, width, _ = box = _box(store, grid, node, values.shape[1:])
+    scale, name = width / values.shape[2], model["classes"][c]
     point = next((p for p in found.points if (p.model, p.level, p.class_name) == (node, "tile", name)), None)
     rows, cols = values.shape[1:]
     called = np.zeros((rows, cols), np.bool_)
@@ -371,11 +377,47 @@ def _heatmap(store: SlideStore, grid: str, node: str, record: Mapping[str, Any],
         "name": model["name"],
         "class_name": name,
         "image": data_uri(coloured(values[c]), "png"),
-        "box": (first - scale / 2, first - scale / 2, cols * scale, rows * scale),
+        "box": box,
         "threshold": point.probability if point else None,
-        "called": edges(called, (first - scale / 2, first - scale / 2), scale),
+        "called": edges(called, (left, top), scale),
         "share": float(called.sum() / len(cells)),
+        "verdict": _verdict(store, grid, model, c, cells, called) if point else None,
     }
+
+
+VERDICTS = {"tp": (255, 0, 0, 150), "fp": (0, 255, 255, 150), "fn": (255, 255, 0, 150)}
+"""Red, cyan and yellow, as source 004 paints true positives, false positives and false negatives; the rest is clear."""
+
+
+def _verdict(
+    store: SlideStore,
+    grid: str,
+    model: Mapping[str, Any],
+    c: int,
+    cells: npt.NDArray[np.int32],
+    called: npt.NDArray[np.bool_],
+) -> dict[str, Any] | None:
+    """Paint each labelled cell by how it was called; None where nothing is labelled."""
+    labels = [
+        node
+        for node in store.nodes(f"labels/{grid}")
+        if store.node_attrs(node)["determines"]["classes"] == list(model["classes"])
+    ]
+    if not labels:
+        return None
+    truth = np.full(called.shape, -1, np.int8)
+    truth[cells[:, 0], cells[:, 1]] = store.read(labels[-1])[:, c]
+    kinds = {"tp": called & (truth == 1), "fp": called & (truth == 0), "fn": ~called & (truth == 1)}
+    pixels = np.zeros((*called.shape, 4), np.uint8)
+    for kind, where in kinds.items():
+        pixels[where] = VERDICTS[kind]
+    return {"image": data_uri(pixels, "png"), **{kind: int(where.sum()) for kind, where in kinds.items()}}
+
+
+def _box(store: SlideStore, grid: str, node: str, shape: Sequence[int]) -> tuple[float, float, float, float]:
+    """Return where a heatmap of `shape` (rows, cols) lies in px0: x, y, width, height."""
+    scale, first = _placed(store.node_attrs(f"heatmaps/{grid}/{node}"), store.attrs["mpp0"])
+    return first - scale / 2, first - scale / 2, shape[1] * scale, shape[0] * scale
 
 
 def _whole_scores(out: Path, outcome: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

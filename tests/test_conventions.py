@@ -20,7 +20,7 @@ LAYERS = [
     ["packs", "planes", "layout", "pipeline"],
     ["execute", "aggregate"],
     ["accounting", "graph", "units", "run", "results", "evaluate", "train", "explain"],
-    ["quality"],
+    ["quality", "figures"],
     ["report", "export", "web", "nightly", "submit", "progress", "doctor", "demo"],
     ["cli"],
 ]

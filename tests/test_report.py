@@ -16,6 +16,7 @@ from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.evaluate import evaluate
 from slideflow_ray.phantoms import write_marked_slide
+from slideflow_ray.tables import read_table
 
 FETCHING = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
 
@@ -153,7 +154,46 @@ def test_a_slide_without_tissue_has_no_heatmap(out):
 def test_test_slides_come_first_and_the_rest_is_counted(out):
     shown = rp.page(out, cards=3)
     assert [card["item"].split for card in shown["cards"]] == ["test"] * 3
-    assert shown["cards_left"] == 6
+    assert [small["item"].slide_id for small in shown["sheet"]] == ["e3", "e4", "real", "v0", "v1"]
+    assert all(small["heatmap"] for small in shown["sheet"])
+    assert shown["cards_left"] == 1  # the glass, which has neither picture nor heatmap
+
+
+def test_every_cell_is_painted_by_how_it_was_called(out):
+    """The picture's colours, counted, are the slide's confusion."""
+    rows = {row["slide_id"]: row for row in read_table(out / "slides.parquet")}
+    for name in ("real", "e0", "e1", "v1"):
+        (heatmap,) = cards(out)[name]["heatmaps"]
+        verdict, row = heatmap["verdict"], rows[name]
+        pixels = np.asarray(picture(verdict["image"]))
+        for kind, colour in (("tp", (255, 0, 0)), ("fp", (0, 255, 255)), ("fn", (255, 255, 0))):
+            painted = int(((pixels[..., :3] == colour).all(-1) & (pixels[..., 3] > 0)).sum())
+            assert painted == verdict[kind] == row[kind]
+        assert int((pixels[..., 3] == 0).sum()) == row["tn"] + heatmap_holes(heatmap)
+
+
+def heatmap_holes(heatmap):
+    return int((np.asarray(picture(heatmap["image"]))[..., 3] == 0).sum())
+
+
+def test_precision_and_recall_end_where_all_is_called(out):
+    model = rp.page(out)["models"][0]
+    line = next(line for line in model["prs"][0]["lines"] if line["level"] == "tile")
+    result = next(r for r in model["results"] if (r.level, r.split) == ("tile", "test"))
+    share = result.positives / (result.positives + result.negatives)
+    assert line["path"].endswith(f"V{100 - 100 * share:.2f}H100.00")
+    assert line["share"] == pytest.approx(100 - 100 * share)
+    assert line["mark"] == pytest.approx((100 * result.rates["sensitivity"], 100 - 100 * result.rates["ppv"]))
+
+
+def test_a_distribution_has_the_tiles_of_each_side(out):
+    model = rp.page(out)["models"][0]
+    (spread,) = model["distributions"]
+    for side in ("positives", "negatives"):
+        heights = [100 - float(v) for v in re.findall(r"V([\d.]+)H", spread[side])]
+        assert len(heights) == 25
+        assert sum(heights) / 100 * spread["highest"] == pytest.approx(1, abs=0.01)
+    assert spread["threshold"] == pytest.approx(100 * model["point"].probability) or model["point"].level != "tile"
 
 
 def picture(uri):
