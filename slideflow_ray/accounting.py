@@ -80,9 +80,11 @@ def note_failure(out: Path, item: Item, ended: Ended, wanted: str) -> None:
     storage.write_atomic(_note(out, item.slide_id), storage.to_json(record))
 
 
-def failed_before(out: Path, items: Sequence[Item]) -> frozenset[str]:
-    """Return the items that ended as failed or refused in an earlier run."""
-    return frozenset(item.slide_id for item in items if _note(out, item.slide_id).exists())
+def failed_before(out: Path, items: Sequence[Item], *, refused: bool) -> frozenset[str]:
+    """Return the items that failed in an earlier run, those that were `refused` too if wanted."""
+    notes = {item.slide_id: storage.read_json(_note(out, item.slide_id)) for item in items}
+    wanted = {"failed", "refused"} if refused else {"failed"}
+    return frozenset(slide_id for slide_id, note in notes.items() if note and note["ended"]["status"] in wanted)
 
 
 def forget_failure(out: Path, slide_id: str) -> None:

@@ -159,6 +159,7 @@ def _places(folder: Path) -> Iterator[tuple[Path | None, int]]:
         dirs.sort()
         stores = [name for name in dirs if is_zarr(here / name)]
         parts = {path.stem: path for path in files if path.suffix.lower() == ".mrxs"}
+        yield from ((here / name, 1) for name in dirs if (here / name).is_symlink() and name not in stores)
         for name in [name for name in dirs if name in stores or name in parts]:
             dirs.remove(name)
             if name in stores:
@@ -167,7 +168,8 @@ def _places(folder: Path) -> Iterator[tuple[Path | None, int]]:
         yield from _of_series(here, dicom, alone=len(dicom) == len([f for f in files if not f.name.startswith(".")]))
         listed = _listed_by_vms(files)
         for path in files:
-            if path in listed or path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
+            odd = path.exists() and not path.is_file()  # a pipe or a socket, on which opening would wait
+            if odd or path in listed or path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
                 yield from () if path in dicom else [(None, 1)]
             elif path not in dicom:
                 yield path, 1 + (_count(here / path.stem) if path in parts.values() else 0)

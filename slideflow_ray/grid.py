@@ -73,13 +73,7 @@ def make_grid(
     Raises BadMpp where `spec.mpp` is more than 1.25 times
     finer than level 0.
     """
-    scale = scale_of(spec.mpp, mpp0)
-    if scale * MAX_ENLARGING < 1 - EXACT:
-        raise BadMpp(
-            f"Tiles at {spec.mpp:g} um per pixel were asked of a slide scanned at {mpp0:g}: enlarging "
-            f"{1 / scale:.2f} times would invent detail (up to {MAX_ENLARGING:g} is allowed).",
-            next_step=f"Use a model for {mpp0:g} um per pixel or coarser, or correct the cohort's column `mpp`.",
-        )
+    scale = checked_scale(spec.mpp, mpp0)
     cols, rows = (cells_along(length, spec.step_px, scale) for length in size_px0)
     rowcol = blocked_cells(rows, cols, block)
     cores = np.column_stack(
@@ -102,6 +96,18 @@ def make_grid(
         level=level,
         mpp_achieved=achieved_mpp(mpp0, levels[level], size, spec.tile_px),
     )
+
+
+def checked_scale(mpp: float, mpp0: float) -> float:
+    """Return px0 per pixel at `mpp`. Raises BadMpp where that is too fine for the slide."""
+    scale = scale_of(mpp, mpp0)
+    if scale * MAX_ENLARGING < 1 - EXACT:
+        raise BadMpp(
+            f"Tiles at {mpp:g} um per pixel were asked of a slide scanned at {mpp0:g}: enlarging "
+            f"{1 / scale:.2f} times would invent detail (up to {MAX_ENLARGING:g} is allowed).",
+            next_step=f"Use a model for {mpp0:g} um per pixel or coarser, or correct the cohort's column `mpp`.",
+        )
+    return scale
 
 
 def blocked_cells(rows: int, cols: int, block: int) -> npt.NDArray[np.int32]:

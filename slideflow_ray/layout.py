@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from slideflow_ray.cohort import Item
 from slideflow_ray.focus import focus, sample, stain_density
-from slideflow_ray.geometry import scale_of
-from slideflow_ray.grid import Grid, make_grid
+from slideflow_ray.geometry import Level, achieved_mpp, best_level, size_on_level
+from slideflow_ray.grid import Grid, checked_scale, make_grid
 from slideflow_ray.objects import boxes_to_grid
 from slideflow_ray.packs import Pack, size_px0
 from slideflow_ray.slides import SlideReader
@@ -53,11 +53,16 @@ def object_grid(store: SlideStore, keep: StoreSpec, spec: BoxSpec, objects: str,
         return node
     boxes_px0, mpp0 = store.read(f"{objects}/box_px0"), float(about["mpp0"])
     xy, wh = boxes_to_grid(boxes_px0, spec.margin)
+    attributes: dict[str, Any] = {"determines": determines, "level": 0, "mpp_achieved": 0.0}  # each its own
     if spec.mpp is not None:
-        side = max(1, round(spec.tile_px * scale_of(spec.mpp, mpp0)))
+        scale = checked_scale(spec.mpp, mpp0)
+        side = max(1, round(spec.tile_px * scale))
         xy = np.rint(boxes_px0[:, :2] + boxes_px0[:, 2:] / 2 - side / 2).astype(np.int64)
         wh = np.full(xy.shape, side, np.int32)
-    attributes = {"determines": determines, "level": 0, "mpp_achieved": spec.mpp or 0.0}
+        levels = [Level((w, h), (dx, dy)) for w, h, dx, dy in about["levels"]]
+        level = best_level(levels, scale)
+        size = size_on_level((spec.tile_px, spec.tile_px), scale, levels[level])
+        attributes |= {"level": level, "mpp_achieved": achieved_mpp(mpp0, levels[level], size, spec.tile_px)}
     attributes["reason"] = "" if len(xy) else f"{spec.of} found no object"
     _write_boxes(store, node, attributes, xy, wh, np.zeros(len(xy)))
     store.commit(f"grids/{node}", "done" if len(xy) else "no_objects")

@@ -158,11 +158,12 @@ def _components(plane: Plane, class_index: int, block: int, min_area: int, fill_
             continue
         labels, _ = ndimage.label(np.asarray(plane[r0:r1, c0:c1]) == class_index)
         mask = labels == labels[row - r0, col - c0]
-        if fill_holes:
-            mask = _filled(mask)
-            at = table.first - (r0, c0)
+        if fill_holes and (filled := _filled(mask)).sum() > mask.sum():
+            mask = filled
+            low, high = np.searchsorted(table.first[:, 0], (r0, r1))  # rows rise in the table
+            at = table.first[low:high] - (r0, c0)
             inside = np.flatnonzero(((at >= 0) & (at < mask.shape)).all(axis=1))
-            absorbed[inside] |= mask[at[inside, 0], at[inside, 1]]
+            absorbed[low + inside] |= mask[at[inside, 0], at[inside, 1]]
         yield _Piece(r0, c0, mask)
 
 

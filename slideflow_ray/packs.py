@@ -18,14 +18,15 @@ import numpy.typing as npt
 
 from slideflow_ray import storage
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import SlideflowError
+from slideflow_ray.errors import BadDimensions, SlideflowError
 from slideflow_ray.identity import Identities
 from slideflow_ray.slides import open_slide
 from slideflow_ray.slides.tiles import resized
 from slideflow_ray.specs import ROUTES, WholeSpec, digest
+from slideflow_ray.store import SlideStore
 
-GONE = "gone"
-"""The uri of a row whose image the cohort no longer names."""
+GONE = "gone:"
+"""The uri, and the code in `outcomes`, of a row whose image the cohort no longer names."""
 ROWS = 1024
 """Images of one pack at most: few files for many images, and little to redo for one."""
 
@@ -47,8 +48,8 @@ class Pack:
 
     @property
     def example(self) -> Item:
-        """An image of the pack that the cohort still has; all agree in the columns that route models."""
-        return next((row.item for row in self.rows if row.item.uri != GONE), self.rows[0].item)
+        """An image of the pack: all agree in the columns that route models."""
+        return self.rows[0].item
 
     @property
     def identity(self) -> str:
@@ -84,11 +85,11 @@ def pack_items(out: Path, items: Sequence[Item], again: Collection[str] = ()) ->
     here = [Row(item, identities[item.slide_id]) for item in items if item.slide_id in identities]
     records = sorted(_records(out), key=lambda record: (record["attempt"], record["pack"]))
     attempts = {row[0]: record["attempt"] for record in records for row in record["rows"] if row[0] in again}
-    places = _places(records, here, again)
+    places = _places(out, records, here, again)
     loose: dict[tuple[str | None, ...], list[Row]] = {}
     for row in here:
         if row.item.slide_id not in places:
-            loose.setdefault(tuple(getattr(row.item, column) for column in ROUTES), []).append(row)
+            loose.setdefault(_routes(row.item), []).append(row)
     for rows in (part for alike in loose.values() for part in batched(alike, ROWS)):
         pack_id = _form(out, rows, 1 + max((attempts.get(row.item.slide_id, -1) for row in rows), default=-1))
         places |= {row.item.slide_id: (pack_id, i) for i, row in enumerate(rows)}
@@ -97,21 +98,44 @@ def pack_items(out: Path, items: Sequence[Item], again: Collection[str] = ()) ->
     return Packed(tuple(_read(out, pack_id, by_id) for pack_id in wanted), places, identities, errors)
 
 
-def _key(row: Row) -> tuple[str, str, float | None]:
-    return row.item.slide_id, row.identity, row.item.mpp
+_Key = tuple[str | float | None, ...]
+
+
+def _key(row: Row) -> _Key:
+    """What a row is, the columns that route models to it included: a changed one makes another row."""
+    return row.item.slide_id, row.identity, row.item.mpp, *_routes(row.item)
+
+
+def _routes(item: Item) -> tuple[str | None, ...]:
+    return tuple(getattr(item, column) for column in ROUTES)
 
 
 def _places(
-    records: Sequence[dict[str, Any]], rows: Sequence[Row], again: Collection[str]
+    out: Path, records: Sequence[dict[str, Any]], rows: Sequence[Row], again: Collection[str]
 ) -> dict[str, tuple[str, int]]:
     """The row of each image in the packs that exist; the pack with the most attempts counts."""
     wanted = {_key(row): row.item.slide_id for row in rows if row.item.slide_id not in again}
     places: dict[str, tuple[str, int]] = {}
     for record in records:
-        for i, (slide_id, found, mpp) in enumerate(record["rows"]):
-            if (slide_id, found, mpp) in wanted:
-                places[slide_id] = (record["pack"], i)
+        mine = {i: tuple(key) for i, key in enumerate(record["rows"]) if tuple(key) in wanted}
+        gone = _gone_rows(out, record["pack"]) if mine else frozenset()
+        places |= {wanted[key]: (record["pack"], i) for i, key in mine.items() if i not in gone}
     return places
+
+
+def _gone_rows(out: Path, pack_id: str) -> frozenset[int]:
+    """Rows that were passed over because the cohort did not name them then: an image that is back needs a new row."""
+    store = SlideStore(out, pack_id)
+    grids = [path.name for path in (store.root / "outcomes").glob("*")]
+    return frozenset(row for grid in grids for row, why in broken_rows(store, grid).items() if why["code"] == GONE)
+
+
+def broken_rows(store: SlideStore, grid: str, chunk: int | None = None) -> dict[int, dict[str, Any]]:
+    """Return the rows of a pack that could not be read, in one chunk or in all: status, code, message, next_step."""
+    folder = store.root / "outcomes" / grid
+    paths = [folder / f"{chunk}.json"] if chunk is not None else sorted(folder.glob("*.json"))
+    found = [storage.read_json(path) or {} for path in paths]
+    return {int(row): why for record in found for row, why in record.items()}
 
 
 def _records(out: Path) -> Iterator[dict[str, Any]]:
@@ -131,15 +155,19 @@ def _read(out: Path, pack_id: str, by_id: Mapping[str, Row]) -> Pack:
     """Return a pack with all its rows; one that the cohort no longer has keeps its place, without a file."""
     record = storage.read_json(out / "packs" / f"{pack_id}.json")
     rows = []
-    for slide_id, found, mpp in record["rows"]:
+    for key in record["rows"]:
+        slide_id, found, mpp, *routes = key
         mine = by_id.get(slide_id)
-        if mine is None or _key(mine) != (slide_id, found, mpp):
-            mine = Row(Item(slide_id=slide_id, uri=GONE, mpp=mpp), found)
+        if mine is None or _key(mine) != tuple(key):
+            mine = Row(Item(slide_id=slide_id, uri=GONE, mpp=mpp, **dict(zip(ROUTES, routes, strict=True))), found)
         rows.append(mine)
     return Pack(pack_id, tuple(rows))
 
 
 # images
+
+MAX_PIXELS = 89_000_000
+"""The most pixels of an image in one piece, 270 MB: one of a pack's thousand must not take the others with it."""
 
 UNSCALED = 1.0
 """What stands for the um per pixel of an image that is read in one piece and needs none."""
@@ -147,6 +175,8 @@ UNSCALED = 1.0
 
 def size_px0(row: Row) -> tuple[int, int]:
     """Return an image's (width, height) from its header, (0, 0) where that cannot be read."""
+    if row.item.uri == GONE:
+        return (0, 0)
     try:
         with open_slide(row.item.uri, mpp=row.item.mpp or UNSCALED) as reader:
             return reader.size_px0
@@ -157,10 +187,17 @@ def size_px0(row: Row) -> tuple[int, int]:
 def read_image(row: Row, whole: WholeSpec) -> npt.NDArray[np.uint8]:
     """Return an image in one piece, uint8 (T, T, 3), squashed or padded with white as `whole` says.
 
-    Raises SlideError, ReadError.
+    Level 0 is read, or of an image beyond MAX_PIXELS the finest level below. Raises SlideError, ReadError.
     """
     with open_slide(row.item.uri, mpp=row.item.mpp or UNSCALED) as reader:
-        image = reader.read(0, (0, 0), reader.size_px0)
+        fit = [i for i, level in enumerate(reader.levels) if level.size[0] * level.size[1] <= MAX_PIXELS]
+        if not fit:
+            w, h = reader.size_px0
+            raise BadDimensions(
+                f"{row.item.uri} has {w:,} x {h:,} pixels and no level of at most {MAX_PIXELS:,} to read in one piece.",
+                next_step="Score it in tiles, or make it smaller (vips tiffsave --tile --pyramid).",
+            )
+        image = reader.read(fit[0], (0, 0), reader.levels[fit[0]].size)
     h, w = image.shape[:2]
     if whole.fit == "pad" and h != w:
         side = max(h, w)

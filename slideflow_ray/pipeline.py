@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from slideflow_ray import storage
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import DiskFull, SlideflowError
+from slideflow_ray.errors import DiskFull, as_slideflow_error
 from slideflow_ray.focus import focus
 from slideflow_ray.identity import identity
 from slideflow_ray.layout import about_slide, keep_items, object_grid, pack_grid, tile_grid, tissue_mask
-from slideflow_ray.packs import Pack, read_image
+from slideflow_ray.packs import GONE, Pack, broken_rows, read_image
 from slideflow_ray.planes import NOT_SCORED, objects_node, write_objects, write_plane
 from slideflow_ray.profile import ComputeProfile
 from slideflow_ray.slides import SlideReader, open_slide, read_tiles
@@ -413,23 +413,19 @@ def _read_images(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
     pixels = np.zeros((chunk.tiles, chunk.tile.tile_px, chunk.tile.tile_px, 3), np.uint8)
     broken: dict[str, dict[str, Any]] = {}
     for i, row in enumerate(chunk.item.rows[start : start + chunk.tiles]):
+        if row.item.uri == GONE:
+            broken[str(start + i)] = {"status": "failed", "code": GONE, "message": "", "next_step": ""}
+            continue
         try:
             pixels[i] = read_image(row, chunk.tile)
-        except SlideflowError as error:
-            status = "refused" if error.refused else "failed"
-            why = {"status": status, "code": error.code, "message": error.message, "next_step": error.step}
+        except Exception as error:  # noqa: BLE001 - whatever one image raises must not end the others
+            ours = as_slideflow_error(error, f"reading {row.item.uri}")
+            status = "refused" if ours.refused else "failed"
+            why = {"status": status, "code": ours.code, "message": ours.message, "next_step": ours.step}
             broken[str(start + i)] = why
     path = SlideStore(context.out, chunk.item.slide_id).root / f"outcomes/{chunk.grid}/{chunk.index}.json"
     storage.write_atomic(path, storage.to_json(broken))
     return pixels
-
-
-def broken_rows(store: SlideStore, grid: str, chunk: int | None = None) -> dict[int, dict[str, Any]]:
-    """Return the rows of a pack that could not be read, in one chunk or in all: status, code, message, next_step."""
-    folder = store.root / "outcomes" / grid
-    paths = [folder / f"{chunk}.json"] if chunk is not None else sorted(folder.glob("*.json"))
-    found = [storage.read_json(path) or {} for path in paths]
-    return {int(row): why for record in found for row, why in record.items()}
 
 
 @lru_cache(maxsize=16)

@@ -26,7 +26,7 @@ from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import LOSSLESS_SHARE, AnyTile, Context, Result, RunModel, SlidePlan
 from slideflow_ray.planes import check_classes
 from slideflow_ray.profile import ComputeProfile
-from slideflow_ray.specs import BoxSpec, ComputeSpec, ModelSpec, RunSpec, TileSpec, WholeSpec, digest
+from slideflow_ray.specs import BoxSpec, ComputeSpec, ModelSpec, ObjectSpec, RunSpec, TileSpec, WholeSpec, digest
 from slideflow_ray.units import Units
 
 # configuration
@@ -51,6 +51,8 @@ def _check_segmentations(found: Sequence[tuple[ModelSpec, BundleCard, str]]) -> 
     for model, card, _ in found:
         if card.task == "segment":
             check_classes(model.objects, card.classes)
+        elif model.objects != ObjectSpec():
+            raise ConfigError(f"{card.name} is no segmentation, so `objects` means nothing to it.")
         if model.segmentation is not None and names[model.segmentation] != 1:
             known = ", ".join(names) or "none"
             raise ConfigError(
@@ -99,6 +101,8 @@ def tile_spec(spec: RunSpec, model: ModelSpec, card: BundleCard) -> AnyTile:
         if card.task == "segment":
             raise ConfigError(f"{card.name} is a segmentation; only models of one row per tile run on objects.")
         mpp = None if card.whole else card.mpp
+        if mpp and model.margin:
+            raise ConfigError(f"{card.name} sees objects at {mpp:g} um per pixel, so `margin` means nothing to it.")
         return BoxSpec(tile_px=card.tile_px, of=model.segmentation, margin=model.margin, mpp=mpp)
     if card.whole or model.on == "whole":
         if card.task == "segment":

@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -190,6 +190,8 @@ class ModelSpec(Spec):
         unknown = set(self.where) - set(ROUTES)
         if unknown:
             raise ValueError(f"where has unknown columns {sorted(unknown)}")
+        if (modality := self.where.get("modality")) not in (None, *get_args(Modality)):
+            raise ValueError(f"where names modality {modality!r}; it is one of {', '.join(get_args(Modality))}")
         return self
 
 
@@ -256,6 +258,8 @@ def load_run(path: Path) -> RunSpec:
     for key in ("cohort", "out"):
         if isinstance(values.get(key), str):
             values[key] = relative_to(here, values[key])
+    if isinstance(values.get("model"), dict):
+        raise ConfigError(f"{path}: write [[model]], with two brackets each side, for there may be several.")
     for model in values.get("model", []):
         if isinstance(model, dict) and isinstance(model.get("path"), str):
             model["path"] = relative_to(here, model["path"])

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from slideflow_ray.accounting import Ended, failed, failed_before, forget_failure, note_failure
 from slideflow_ray.cohort import Item
-from slideflow_ray.packs import Pack, Packed, pack_items
-from slideflow_ray.pipeline import Context, broken_rows
+from slideflow_ray.packs import Pack, Packed, broken_rows, pack_items
+from slideflow_ray.pipeline import Context
 from slideflow_ray.store import SlideStore
 
 
@@ -29,7 +29,7 @@ class Units:
         self.ended: dict[str, Ended] = dict(before)
         left = [item for item in items if item.slide_id not in before]
         packed = [item for item in left if any(m.whole and m.applies_to(item) for m in context.models)]
-        again = failed_before(self._out, packed) if retry else frozenset()
+        again = failed_before(self._out, packed, refused=retry)
         self._packed = pack_items(self._out, packed, again) if packed else Packed((), {}, {}, {})
         whole = {item.slide_id for item in packed}
         tiled = [i for i in left if i.slide_id not in whole or _in_tiles(context, i)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -255,3 +256,21 @@ def test_manifests_need_one_column_that_is_known(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
             read_expected(path)
+
+
+def test_pipes_and_links_to_folders_are_accounted_for(tmp_path):
+    from slideflow_ray.phantoms import write_marked_slide
+
+    folder, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    write_marked_slide(folder / "a.tif", size_px0=(200, 300))
+    write_marked_slide(elsewhere / "b.tif", size_px0=(200, 300))
+    os.mkfifo(folder / "pipe.tif")
+    (folder / "link").symlink_to(elsewhere)
+    found = collect(folder)
+    assert [s.path.name for s in found.slides] == ["a.tif"]
+    assert found.others == 1
+    assert list(found.unreadable) == ["link"]
+    assert "folder" in found.unreadable["link"]
+    assert found.files == found.slide_files + found.others + len(found.unreadable)

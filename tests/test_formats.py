@@ -496,3 +496,36 @@ def test_the_message_of_a_bad_scale_says_what_would_do():
         BadMpp, match=r"is 352\.778 \(a default tag of 72 dpi\); between 0\.05 and 32 .* for modality 'pas'"
     ):
         checked_mpp("x", None, (25400 / 72, 25400 / 72), modality="pas")
+
+
+# colours and depths that must not be misread
+
+
+@pytest.mark.parametrize("photometric", ["separated", "cielab", "ycbcr"])
+def test_other_colours_than_rgb_are_refused(photometric, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (60, 80, 4 if photometric == "separated" else 3), np.uint8)
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric=photometric)
+    with pytest.raises(NotASlide, match=r"grey, RGB or a palette would do"):
+        open_slide(str(tmp_path / "x.tif"), mpp=0.5)
+
+
+def test_a_fourth_channel_is_alpha_only_if_it_says_so(tmp_path):
+    rgb = np.full((40, 50, 3), 90, np.uint8)
+    fourth = np.zeros((40, 50, 1), np.uint8)
+    for name, extra, seen in (("alpha", "unassalpha", 255), ("other", "unspecified", 90)):
+        path = tmp_path / f"{name}.tif"
+        tifffile.imwrite(path, np.concatenate([rgb, fourth], 2), photometric="rgb", extrasamples=[extra])
+        with open_slide(str(path), mpp=0.5) as reader:
+            assert (reader.read(0, (0, 0), (50, 40)) == seen).all(), name
+
+
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+def test_sixteen_bits_get_their_window_however_they_are_laid_out(tile, tmp_path):
+    ramp = np.broadcast_to(np.linspace(0, 4080, 256).astype(np.uint16), (128, 256))
+    tifffile.imwrite(tmp_path / "deep.tif", ramp, tile=tile, photometric="minisblack")
+    with open_slide(str(tmp_path / "deep.tif"), mpp=0.5, modality="tem") as reader:
+        row = reader.read(0, (0, 64), (256, 1))[0, :, 0]
+    assert row[0] == 0
+    assert row[-1] == 255
+    assert abs(int(row[128]) - 128) <= 2

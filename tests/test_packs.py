@@ -12,12 +12,13 @@ from PIL import Image
 
 from slideflow_ray.accounting import read_run
 from slideflow_ray.cohort import Item, read_cohort
+from slideflow_ray.errors import BadDimensions
 from slideflow_ray.events import ChunkScored
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
-from slideflow_ray.packs import ROWS, pack_items
+from slideflow_ray.packs import ROWS, broken_rows, pack_items
 from slideflow_ray.run import run
-from slideflow_ray.specs import RunSpec
-from slideflow_ray.store import SlideStore, tree_digest, verify
+from slideflow_ray.specs import RunSpec, WholeSpec
+from slideflow_ray.store import SlideStore, verify
 
 
 def write_crops(folder: Path, n: int, first: int = 0) -> None:
@@ -87,7 +88,7 @@ def test_padding_keeps_the_shape_of_things(whole, tmp_path):
     assert (tile[23:] == 255).all()
 
 
-def test_a_broken_crop_fails_alone_and_is_read_again_only_when_asked(whole, tmp_path):
+def test_a_broken_crop_fails_alone_and_is_tried_again_by_itself(whole, tmp_path):
     write_crops(tmp_path, 20)
     data = (tmp_path / "crop00007.png").read_bytes()
     (tmp_path / "crop00007.png").write_bytes(data[: len(data) // 2])
@@ -100,11 +101,12 @@ def test_a_broken_crop_fails_alone_and_is_read_again_only_when_asked(whole, tmp_
     assert "crop00007.png" in by_id["c7"].message
     assert by_id["c11"].code == "E_NOT_FOUND"
     assert np.isfinite([score_of(tmp_path / "out", f"c{i}") for i in range(20) if i not in (7, 11)]).all()
-    before = tree_digest(tmp_path / "out")
-    again = run(made)
-    assert not again.changed
+    before = {p: p.read_bytes() for p in (tmp_path / "out/slides").rglob("*") if p.is_file()}
+    events = []
+    again = run(made, listen=events.append)
     assert again.counts == result.counts
-    assert tree_digest(tmp_path / "out") == before
+    assert sum(event.tiles for event in events if isinstance(event, ChunkScored)) == 1
+    assert all(path.read_bytes() == bytes_ for path, bytes_ in before.items())
     (tmp_path / "crop00007.png").write_bytes(data)
     assert run(made).counts["done"] == 19
 
@@ -194,3 +196,91 @@ def test_crops_are_evaluated_by_their_labels_and_patients(whole, tmp_path):
     margins = [score_of(tmp_path / "out", f"c{i}") for i in tested]
     assert (test.positives, test.negatives, test.patients) == (20, 20, 10)
     assert test.auc == pytest.approx(roc_auc_score([i % 2 for i in tested], margins))
+
+
+def test_a_changed_route_sends_an_image_to_its_new_model(whole, tmp_path):
+    write_crops(tmp_path, 4)
+    cohort = tmp_path / "cohort.csv"
+
+    def routed(*stains: str) -> RunSpec:
+        rows = "".join(f"c{i},crop{i:05d}.png,{s}\n" for i, s in enumerate(stains))
+        cohort.write_text("slide_id,uri,stain\n" + rows)
+        models = [{"path": str(whole[f]), "where": {"stain": s}} for f, s in (("squash", "x"), ("pad", "y"))]
+        return spec(cohort, tmp_path / "out", model=models)
+
+    run(routed("x", "x", "x", "x"))
+    run(routed("x", "x", "y", "y"))
+    names = {m["node"]: m["name"] for m in read_run(tmp_path / "out")["models"]}
+    outcomes = read_run(tmp_path / "out")["outcomes"]
+    used = [[names[node] for _, node in outcomes[f"c{i}"]["packed"]] for i in range(4)]
+    assert used == [["squash"], ["squash"], ["pad"], ["pad"]]
+
+
+def test_an_image_that_fails_is_tried_again_by_the_next_run(whole, tmp_path):
+    write_crops(tmp_path, 3)
+    whole_file = (tmp_path / "crop00001.png").read_bytes()
+    (tmp_path / "crop00001.png").write_bytes(whole_file[:-40])
+    made = spec(write_table(tmp_path, 3), tmp_path / "out", whole["squash"])
+    first = {e.slide_id: e for e in run(made).ended}
+    assert first["c1"].status == "failed"
+    (tmp_path / "crop00001.png").write_bytes(whole_file)
+    assert run(made).counts == {"done": 3, "failed": 0, "refused": 0}
+
+
+def test_an_image_that_comes_back_is_scored_by_the_model_it_missed(whole, tmp_path):
+    write_crops(tmp_path, 3)
+    out, table = tmp_path / "out", write_table(tmp_path, 3)
+    run(spec(table, out, whole["squash"]))
+    all_rows = table.read_text()
+    table.write_text(all_rows.replace(all_rows.splitlines()[1] + "\n", ""))
+    run(spec(table, out, whole["squash"], whole["pad"]))
+    table.write_text(all_rows)
+    assert run(spec(table, out, whole["squash"], whole["pad"])).counts == {"done": 3, "failed": 0, "refused": 0}
+    assert len(read_run(out)["outcomes"]["c0"]["packed"]) == 2
+
+
+def test_an_image_too_large_for_one_piece_fails_alone(whole, tmp_path, monkeypatch):
+    from slideflow_ray import packs
+
+    write_crops(tmp_path, 3)
+    Image.fromarray(np.zeros((300, 400, 3), np.uint8)).save(tmp_path / "crop00001.png")
+    monkeypatch.setattr(packs, "MAX_PIXELS", 50 * 50)
+    items = read_cohort(str(write_table(tmp_path, 3)))
+    read = [packs.Row(item, "x") for item in items]
+    fit = WholeSpec(tile_px=32, fit="squash")
+    assert packs.read_image(read[0], fit).shape == (32, 32, 3)
+    with pytest.raises(BadDimensions, match="read in one piece"):
+        packs.read_image(read[1], fit)
+
+
+def test_a_decoder_that_raises_anything_fails_one_image(whole, tmp_path, monkeypatch):
+    from slideflow_ray import pipeline
+    from slideflow_ray.execute.worker import Reader
+
+    write_crops(tmp_path, 3)
+    seen = []
+
+    def read(row, fit):
+        seen.append(row.item.slide_id)
+        if row.item.slide_id == "c1":
+            raise MemoryError
+        return np.zeros((fit.tile_px, fit.tile_px, 3), np.uint8)
+
+    monkeypatch.setattr(pipeline, "read_image", read)
+    from slideflow_ray.execute import Failed, Task
+    from slideflow_ray.pipeline import Context
+    from slideflow_ray.profile import resolve
+    from slideflow_ray.run import run_models
+    from slideflow_ray.specs import ComputeSpec, StoreSpec, TissueSpec
+
+    made = spec(write_table(tmp_path, 3), tmp_path / "out", whole["squash"])
+    profile = resolve(ComputeSpec())
+    context = Context(made.out, run_models(made, profile), TissueSpec(), StoreSpec(chunk_rows=16), (), profile)
+    (pack,) = pack_items(tmp_path / "out", read_cohort(made.cohort)).packs
+    reader = Reader(context)
+    plan = reader.perform(Task("plan", pack.slide_id, pack))
+    (chunk,) = plan.value.todo
+    assert not isinstance(reader.read(Task("chunk", pack.slide_id, chunk)), Failed)
+    broken = broken_rows(SlideStore(made.out, pack.slide_id), chunk.grid)
+    assert seen == ["c0", "c1", "c2"]
+    assert {row: why["code"] for row, why in broken.items()} == {1: "E_OUT_OF_MEMORY"}

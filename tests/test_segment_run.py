@@ -21,7 +21,7 @@ from slideflow_ray.accounting import read_run, status
 from slideflow_ray.cohort import single_slide
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import ChunkScored, SlideDone, SlidePlanned
-from slideflow_ray.models.bundle import BundleCard, read_card, write_bundle
+from slideflow_ray.models.bundle import BundleCard, load_weights, read_card, write_bundle
 from slideflow_ray.models.networks import build
 from slideflow_ray.models.scorer import load_scorer, make_scorer
 from slideflow_ray.phantoms import write_pyramid
@@ -362,6 +362,9 @@ def test_evaluate_and_report_take_a_run_with_a_segmentation(made, reference, cap
         ([{"path": "discs", "objects": {"classes": ["red"]}}], "objects.classes names red"),
         ([{"path": "tiles", "on": "objects"}], 'on = "objects" is unknown'),
         ([{"path": "tiles", "margin": 0.2}], "margin belongs to"),
+        (["discs", {"path": "fixed", "on": "objects:discs", "margin": 0.2}], "`margin` means nothing"),
+        ([{"path": "tiles", "objects": {"split": True}}], "`objects` means nothing"),
+        ([{"path": "tiles", "where": {"modality": "HE"}}], "where names modality 'HE'"),
     ],
 )
 def test_what_cannot_be_run_is_said_at_once(models, said, made, tmp_path):
@@ -369,6 +372,14 @@ def test_what_cannot_be_run_is_said_at_once(models, said, made, tmp_path):
     with pytest.raises(ConfigError, match=said):
         run(spec(made, tmp_path / "out", *models))
     assert not (tmp_path / "out" / "slides").exists()
+
+
+def test_objects_are_not_enlarged_beyond_what_tiles_may_be(made, tmp_path):
+    of = read_card(made / "fixed").model_copy(update={"name": "fine", "mpp": 0.1})
+    write_bundle(tmp_path / "fine", of, load_weights(made / "fixed"))
+    fine = {"path": str(tmp_path / "fine"), "on": "objects:discs"}
+    result = run(spec(made, tmp_path / "out", "discs", fine, cohort=single(made, tmp_path, "a")))
+    assert [(e.status, e.code) for e in result.ended] == [("refused", "E_BAD_MPP")]
 
 
 # features

@@ -134,6 +134,8 @@ def check_file(path: Path) -> Kind:
         raise SlideNotFound(f"There is no {path}.")
     if path.is_dir():
         raise NotASlide(f"{path} is a folder, neither an OME-Zarr nor of one DICOM series only; name a file in it.")
+    if not path.is_file():
+        raise NotASlide(f"{path} is neither a file nor a folder.")
     try:
         with path.open("rb") as file:
             head, size = file.read(64), path.stat().st_size

@@ -182,6 +182,11 @@ def _tiff_header(uri: str, path: Path) -> tuple[tuple[int, int], tuple[object, o
         _check_plain(uri, size)
         if len(series.pages) > 1 or page.imagedepth > 1:
             raise NotASlide(f"{uri} is a stack of {len(series.pages)} pages; one image would do.")
+        if _is_foreign(page):
+            raise NotASlide(
+                f"{uri} has its colours as {page.photometric.name}; grey, RGB or a palette would do.",
+                next_step="Convert it to RGB (vips colourspace IN OUT srgb), or drop its row.",
+            )
         if page.dtype not in (np.bool_, np.uint8, np.uint16) or page.samplesperpixel > 4:
             raise NotASlide(
                 f"{uri} has {page.samplesperpixel} channels of {page.dtype}; 1 to 4 of 8 or 16 bit would do."
@@ -191,6 +196,12 @@ def _tiff_header(uri: str, path: Path) -> tuple[tuple[int, int], tuple[object, o
     if unit is None or any(not end or not end[0] for end in ends):
         return size, (None, None)
     return size, (unit * ends[0][1] / ends[0][0], unit * ends[1][1] / ends[1][0])
+
+
+def _is_foreign(page: Any) -> bool:
+    """Whether the channels are no grey, RGB or palette: CMYK, Lab, and YCbCr but for JPEG, which its codec converts."""
+    name, jpeg = page.photometric.name, int(page.compression) in (6, 7)
+    return name not in ("MINISWHITE", "MINISBLACK", "RGB", "PALETTE") and not (name == "YCBCR" and jpeg)
 
 
 # pixels
@@ -250,4 +261,11 @@ def _tiff_pixels(path: Path, *, indices: bool = False) -> Raw:
             raw = np.iinfo(raw.dtype).max - raw
         if page.samplesperpixel > 1 and int(page.planarconfig) == 2:
             raw = np.moveaxis(raw, 0, -1)
+        if raw.ndim == 3 and not _ends_in_alpha(page):
+            raw = raw[..., : 3 if raw.shape[2] >= 3 else 1]
     return raw
+
+
+def _ends_in_alpha(page: Any) -> bool:
+    """Whether the channel after the colours is said to be alpha (1 associated, 2 not); else it means nothing to us."""
+    return any(int(extra) in (1, 2) for extra in page.extrasamples[:1])

@@ -40,6 +40,8 @@ MAX_SEGMENT_BYTES = 2**28
 
 RGB, GREY, YCBCR = 2, 1, 6
 JPEG_CODECS = (6, 7)
+ALPHA = (1, 2)
+"""What ExtraSamples says of a fourth channel that is alpha, associated or not; another one means nothing to us."""
 APERIO_YCBCR = 33003
 
 
@@ -116,6 +118,7 @@ class _Page:
         _check_pixels(frame)
         self._decode = frame.decode
         self._tables = page.jpegtables
+        self._alpha = any(int(extra) in ALPHA for extra in frame.extrasamples[:1])
         w, h = frame.imagewidth, frame.imagelength
         self._tile = (frame.tilewidth, frame.tilelength) if frame.is_tiled else (w, min(frame.rowsperstrip, h))
         self._across = math.ceil(w / self._tile[0])
@@ -150,8 +153,10 @@ class _Page:
         data = os.pread(file, count, offset)
         if len(data) != count:
             raise EOFError(f"native tile {index} has {len(data)} of {count} bytes")
-        tile = self._decode(data, index, jpegtables=self._tables)[0][0]
-        return on_white(tile) if tile.shape[2] == 4 else tile
+        tile: Pixels = self._decode(data, index, jpegtables=self._tables)[0][0]
+        if tile.shape[2] == 4:
+            return on_white(tile) if self._alpha else np.ascontiguousarray(tile[..., :3])
+        return tile
 
 
 def _ome_mpp(xml: str) -> tuple[float, float] | None:
