@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from slideflow_ray import accounting, aggregate, storage
-from slideflow_ray.annotations import class_of, read_geojson, rings_px0
+from slideflow_ray.annotations import class_of, read_annotation, rings_px0
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError, as_slideflow_error
 from slideflow_ray.metrics import Confusion, Interval
@@ -331,7 +331,7 @@ def _truth(item: Item, record: Mapping[str, Any], missing: list[str]) -> Iterato
     if not item.annotation:
         return
     try:
-        regions = read_geojson(item.annotation)
+        regions = read_annotation(item.annotation)
     except SlideflowError as error:
         missing.append(_cause(error))
         return

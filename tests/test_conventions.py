@@ -19,7 +19,7 @@ LAYERS = [
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["packs", "planes", "layout", "pipeline"],
     ["execute", "aggregate"],
-    ["accounting", "graph", "units", "run", "results", "evaluate", "train", "explain"],
+    ["accounting", "graph", "units", "run", "results", "evaluate", "lesions", "train", "explain"],
     ["quality"],
     ["report", "export", "web", "nightly", "submit", "progress", "doctor", "demo"],
     ["cli"],
@@ -40,7 +40,8 @@ HEAVY = {
     "pyarrow": {"tables.py"},
     "shapely": {"planes.py", "annotations.py", "objects.py"},
     "segmentation_models_pytorch": {"models/networks.py"},
-    "sklearn": {"train/loop.py"},
+    "sklearn": {"train/loop.py", "lesions.py"},
+    "defusedxml": {"annotations.py"},
 }
 
 
