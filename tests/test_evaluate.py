@@ -10,13 +10,23 @@ from sklearn import metrics as sk
 
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import AnnotationError, ConfigError, SplitLeakError
-from slideflow_ray.evaluate import evaluate, rule_of
+from slideflow_ray.evaluate import evaluate
 from slideflow_ray.metrics import bin_of, edge_of, resample_weights
 from slideflow_ray.results import Evaluation, read_evaluation
+from slideflow_ray.rules import rule_of
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tables import read_table
 
-FILES = ("operating_points.json", "confusion.json", "roc.parquet", "slides.parquet", "patients.parquet")
+FILES = (
+    "operating_points.json",
+    "confusion.json",
+    "roc.parquet",
+    "pr.parquet",
+    "reliability.parquet",
+    "slides.parquet",
+    "patients.parquet",
+    "confusion.parquet",
+)
 
 
 def cohort(folder, seed=0):
