@@ -520,6 +520,32 @@ def _sha256(uri: str) -> str:
 # drawing
 
 
+def together_px0(regions: Sequence[Region]) -> Any:
+    """Return the union of regions, a shapely geometry; empty without regions."""
+    return shapely.union_all([region.geometry for region in regions])
+
+
+def even_odd(shape: Any, corner: tuple[int, int], size: tuple[int, int], px0: float) -> npt.NDArray[np.bool_]:
+    """Return a valid polygon or multipolygon as pixels, bool `size` (h, w): true where a pixel's centre is inside.
+
+    Pixels are `px0` wide and high, and the first is (row, col) `corner` of the slide's. Each row is crossed by the
+    outlines an even number of times, and what lies between an odd crossing and the next is inside.
+    """
+    flips = np.zeros((size[0], size[1] + 1), np.uint8)
+    points, ring = shapely.get_coordinates(shapely.get_rings(shapely.get_parts(shape)), return_index=True)
+    points = points / px0 - 0.5 - np.array(corner[::-1])  # the centre of the first pixel is (0, 0)
+    one, other = points[:-1][ring[:-1] == ring[1:]], points[1:][ring[:-1] == ring[1:]]
+    rows = np.ceil(np.column_stack([one[:, 1], other[:, 1]])).clip(0, size[0]).astype(np.int64)
+    first, count = rows.min(axis=1), np.abs(rows[:, 0] - rows[:, 1])
+    edge = np.repeat(np.arange(len(one)), count)
+    row = first[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
+    (x0, y0), (x1, y1) = one[edge].T, other[edge].T
+    col = np.ceil(x0 + (row - y0) / (y1 - y0) * (x1 - x0)).clip(0, size[1]).astype(np.int64)
+    np.add.at(flips, (row, col), 1)
+    inside: npt.NDArray[np.bool_] = np.bitwise_xor.accumulate(flips & 1, axis=1)[:, :-1].astype(np.bool_)
+    return inside
+
+
 def rings_px0(regions: Sequence[Region]) -> Iterator[tuple[str, Points]]:
     """Yield (name, ring) for every outline, holes too; rings are float64 (n, 2), (x, y) in px0, closed."""
     for region in regions:
