@@ -214,7 +214,7 @@ def heatmap_features(heat: Plane, cell_um: float) -> tuple[float, ...]:
     p = heat[~np.isnan(heat)].astype(np.float64)
     if not len(p):
         return (0.0,) * len(FEATURES)
-    overall = (p.max(), np.percentile(p, 99.9), p.mean(), (p >= 0.5).mean(), (p >= 0.9).mean())
+    overall = (p.max(), np.percentile(p, 99.9), p.mean(), (p >= np.float32(0.5)).mean(), (p >= np.float32(0.9)).mean())
     labels, count = ndimage.label(heat >= 0.5, TOUCHING)
     return (*(float(v) for v in overall), float(count), *_largest(heat, labels, cell_um))
 

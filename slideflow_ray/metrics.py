@@ -510,7 +510,7 @@ class Reliability:
     """How probabilities compare with what came true, in ten bins of equal width; adds up in any order.
 
     positives, total : int64 (10,), labelled cases by bin; sums : int64 (10,), their probabilities in units of 2**-30.
-    A bin holds its lower edge, and the last one 1 too. called : int64 (2, 13), positives and negatives whose
+    A bin holds its upper edge, and the first one 0 too. called : int64 (2, 13), positives and negatives whose
     probability is at least each of THRESHOLDS_004.
     """
 
@@ -529,7 +529,7 @@ class Reliability:
     def of(cls, pos: Margins, neg: Margins) -> Self:
         """Count probabilities, float32, of positives and of negatives: the first two arrays, any length."""
         p = np.concatenate([pos, neg]).astype(np.float64)
-        place = np.minimum((p * RELIABILITY_BINS).astype(np.int64), RELIABILITY_BINS - 1)
+        place = np.searchsorted(np.linspace(0, 1, RELIABILITY_BINS + 1)[1:-1], p, side="left")
         sums = np.zeros(RELIABILITY_BINS, np.int64)
         np.add.at(sums, place, np.rint(p * _FIXED).astype(np.int64))
         at = np.array(THRESHOLDS_004, np.float32)

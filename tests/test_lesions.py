@@ -36,13 +36,9 @@ from slideflow_ray.tables import read_table
 def literal_labels(tumour, resolution=0.243, level=5):
     """Every pixel's distance to every tumour pixel; holes and pieces by walking."""
     reach = 75 / (resolution * 2**level * 2)
-    points = np.argwhere(tumour)
-    grown = np.array(
-        [
-            [min(math.dist((r, c), p) for p in points) < reach for c in range(tumour.shape[1])]
-            for r in range(len(tumour))
-        ]
-    )
+    points, pixels = np.argwhere(tumour), np.argwhere(tumour | True)
+    nearest = np.array([np.sqrt(((points - pixel) ** 2).sum(axis=1)).min() for pixel in pixels])
+    grown = (nearest < reach).reshape(tumour.shape)
     outside = walk(~np.pad(grown, 1), (0, 0), corners=False)[1:-1, 1:-1]
     left, labels, count = ~outside, np.zeros(tumour.shape, int), 0
     for r, c in np.ndindex(tumour.shape):
@@ -100,26 +96,29 @@ def literal_froc(slides, resolution=0.243, level=5):
     return np.array(xs), np.array(ys), sum(at) / 6
 
 
-def blobs(rng, shape=(70, 90), n=6):
+def blobs(rng, shape=(60, 80), n=5):
     """Discs of many sizes, one with a hole, some touching the edge."""
     rows, cols = np.ogrid[: shape[0], : shape[1]]
     mask = np.zeros(shape, bool)
     for _ in range(n):
-        r, c, radius = rng.uniform(0, shape[0]), rng.uniform(0, shape[1]), rng.choice([1, 2, 5, 9, 14])
+        r, c, radius = rng.uniform(0, shape[0]), rng.uniform(0, shape[1]), rng.choice([1, 2, 5, 9])
         mask |= (rows - r) ** 2 + (cols - c) ** 2 <= radius**2
     mask[20:34, 40:60] = True
     mask[26:28, 48:50] = False
     return mask
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_froc_is_that_of_the_rules_taken_literally(seed):
     rng = np.random.default_rng(seed)
     slides, missed, found, count = [], [], [], 0
     for i in range(5):
         mask = blobs(rng) if i % 2 == 0 else None
-        n = int(rng.integers(0, 25))
-        points = rng.uniform(0, 1, (n, 2)) * (90 * 32 - 1, 70 * 32 - 1)
+        n = int(rng.integers(4, 25))
+        points = rng.uniform(0, 1, (n, 2)) * (80 * 32 - 1, 60 * 32 - 1)
+        if mask is not None:
+            inside = np.argwhere(mask)[:, ::-1]
+            points[::2] = 32 * (rng.choice(inside, len(points[::2])) + 0.5)
         p = np.round(rng.uniform(0.5, 1, n), 1)  # ties
         slides.append((mask, list(zip(p, points[:, 0], points[:, 1], strict=True))))
         if mask is None:
@@ -174,12 +173,8 @@ def test_a_ring_is_filled_and_two_near_ones_are_one():
     mask[10:50, 58:70] = True  # 8 pixels away: 2 * 4.82 bridges it
     lesions = find_lesions(mask)
     assert len(lesions.itc) == 1
-    assert lesions.hit(np.array([[30 * 32.0, 30 * 32.0], [5 * 32.0, 55 * 32.0], [1e6, 1e6], [-1, 5]])).tolist() == [
-        1,
-        0,
-        0,
-        0,
-    ]
+    points = np.array([[30, 30], [5, 55], [1e6, 1e6], [-1, 5]]) * 32.0
+    assert lesions.hit(points).tolist() == [1, 0, 0, 0]
 
 
 def test_froc_with_a_known_answer():
@@ -282,7 +277,7 @@ def test_features_of_a_heatmap_drawn_by_hand():
     assert found["p999"] == pytest.approx(np.percentile(heat[1:].astype(np.float64), 99.9))
     assert found["mean"] == pytest.approx((11 * 0.8 + 0.95 + 0.9 + (n - 13) * 0.1) / n, rel=1e-6)
     assert found["area_05"] == 13 / n
-    assert found["area_09"] == 1 / n or found["area_09"] == 2 / n
+    assert found["area_09"] == 2 / n
     assert found["components"] == 2
     assert found["largest_um2"] == 12 * 100**2
     across, along = (2**2 - 1) / 12, (6**2 - 1) / 12  # variances of 2 and of 6 cells in a row
