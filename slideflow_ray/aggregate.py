@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import batched
 from typing import Any, Literal
@@ -23,10 +23,12 @@ from dask.delayed import delayed
 
 from slideflow_ray.errors import SlideflowError
 from slideflow_ray.geometry import scale_of
-from slideflow_ray.metrics import Confusion, Counts, Sparse
+from slideflow_ray.metrics import Confusion, Counts, Reliability, Sparse
 from slideflow_ray.store import SlideStore
 
 Scheduler = Literal["threads", "ray"]
+SlideScore = Literal["max", "top10", "area"]
+"""What a slide's score is: its highest margin, the mean of the ten highest, or the share of tiles at >= 0.5."""
 
 PARTITION = 8
 """Slides of one task: enough that Ray's 2 ms per task vanish, few enough that a small cohort still spreads."""
@@ -49,6 +51,7 @@ class Part:
     """One slide's scores by one model: nodes `scores/<grid>/<model>` and `labels` (None where there are none).
 
     An image in one piece is row `row` of the store `pack`; `whole` is its label by class, 1, 0 or -1.
+    annotated : class, its annotated area and what of it lies outside the tissue mask, um2, where that is known.
     """
 
     out: str
@@ -60,6 +63,7 @@ class Part:
     pack: str = ""
     row: int = -1
     whole: tuple[int, ...] | None = None
+    annotated: tuple[tuple[str, float, float], ...] = ()
 
     @property
     def store(self) -> SlideStore:
@@ -274,13 +278,18 @@ class SlideScores:
     negatives: tuple[int, ...]
     unknown: int
 
+    def score(self, name: SlideScore) -> tuple[float, ...]:
+        """Return the slide's score by class: a margin (max, top10), or a share of tiles (area)."""
+        return {"max": self.top, "top10": self.top10, "area": self.area}[name]
+
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of many slides: margin histograms by patient and class, and each slide's scores."""
+    """The tiles of many slides: margin histograms by patient and class, each slide's scores, and calibration."""
 
     histograms: Histograms
     slides: Mapping[str, SlideScores]
+    reliability: Mapping[str, Mapping[int, Reliability]] = field(default_factory=dict)
 
 
 def read_tiles(parts: Sequence[Part], targets: Sequence[int], scheduler: Scheduler = "threads") -> Tiles:
@@ -293,8 +302,10 @@ def tiles_of(part: Part, targets: Sequence[int]) -> Tiles:
     margins, truth = part.margins(), part.truth()
     if truth is None:
         truth = np.full(margins.shape, -1, np.int8)
-    found = {c: (Sparse.of(margins[truth[:, c] == 1, c]), Sparse.of(margins[truth[:, c] == 0, c])) for c in targets}
-    return Tiles({part.patient: found}, {part.slide_id: slide_scores(margins, truth)})
+    sides = {c: (margins[truth[:, c] == 1, c], margins[truth[:, c] == 0, c]) for c in targets}
+    found = {c: (Sparse.of(pos), Sparse.of(neg)) for c, (pos, neg) in sides.items()}
+    spread = {c: Reliability.of(probability(pos), probability(neg)) for c, (pos, neg) in sides.items()}
+    return Tiles({part.patient: found}, {part.slide_id: slide_scores(margins, truth)}, {part.patient: spread})
 
 
 Sides = tuple[Floats, Floats]
@@ -345,13 +356,18 @@ def merge_tiles(several: Sequence[Tiles]) -> Tiles:
     """Add up; order and grouping do not matter."""
     histograms: Histograms = {}
     slides: dict[str, SlideScores] = {}
+    spread: dict[str, dict[int, Reliability]] = {}
     for tiles in several:
         slides |= tiles.slides
+        for patient, reliability in tiles.reliability.items():
+            ours = spread.setdefault(patient, {})
+            for c, counts in reliability.items():
+                ours[c] = ours[c] + counts if c in ours else counts
         for patient, classes in tiles.histograms.items():
             mine = histograms.setdefault(patient, {})
             for c, (pos, neg) in classes.items():
                 mine[c] = (mine[c][0] + pos, mine[c][1] + neg) if c in mine else (pos, neg)
-    return Tiles(histograms, slides)
+    return Tiles(histograms, slides, spread)
 
 
 # confusion

@@ -1,8 +1,13 @@
-"""GeoJSON, as QuPath writes it -> regions in px0, and labels per tile.
+"""GeoJSON, as QuPath writes it, and ASAP's XML -> regions in px0, labels per tile, and what the mask misses.
 
-A file holds a FeatureCollection, a list of features, one feature or one bare geometry;
-only polygons and multipolygons (with holes) are used. A region's name is
-``properties.classification.name``, else ``properties.name``, ``label`` or ``group``.
+Which of the two a file is, its content says. GeoJSON holds a FeatureCollection, a list of
+features, one feature or one bare geometry; only polygons and multipolygons (with holes)
+are used. A region's name is ``properties.classification.name``, else ``properties.name``,
+``label`` or ``group``.
+
+ASAP's XML names groups: ``_0`` and ``_1`` are tumour and ``_2`` is normal inside it
+(CAMELYON16), ``metastases`` is tumour and ``normal`` is normal (CAMELYON17); other groups
+keep their names. What is normal is cut out of everything else in the file.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import shapely
+from defusedxml import DefusedXmlException, ElementTree
 from shapely.errors import GEOSException
 
 from slideflow_ray import storage
@@ -29,6 +35,29 @@ MAX_PX0 = 1e7
 """Ten times the widest slide that can be opened: beyond it a coordinate is a mistake."""
 
 MAX_BYTES = 2**30
+METHOD = 2
+"""Part of the digest of labels: changed when the rules below make other labels, or say more about them."""
+
+ASAP_GROUPS = {
+    "_0": "tumor",
+    "_1": "tumor",
+    "_2": "normal",
+    "tumor": "tumor",
+    "metastases": "tumor",
+    "exclusion": "normal",
+    "normal": "normal",
+}
+"""What the groups of CAMELYON16 and 17 are, in lower case."""
+
+ASAP_CUTS = "normal"
+"""The name of the areas that are cut out of all others of an ASAP file."""
+
+ASAP_AREAS = ("polygon", "spline", "rectangle")
+"""Types of annotation that have an inside; a spline is taken as the polygon of its points, as ASAP's masks are."""
+
+ROUNDING = 1e-9
+"""A share of a tile that is short by less is not short."""
+
 AREAS = ("Polygon", "MultiPolygon")
 OTHERS = ("Point", "MultiPoint", "LineString", "MultiLineString")
 """Geometries that have no inside, and so label no tile."""
@@ -39,10 +68,24 @@ Say = Callable[[str], AnnotationError]
 
 @dataclass(frozen=True)
 class Region:
-    """An annotated area: its class name, "" where the file gives none, and its polygons in px0."""
+    """An annotated area: its class name, "" where the file gives none, and its polygons in px0.
+
+    cut : it has been cut out of the other regions, so it labels nothing where the model has no class for it.
+    """
 
     name: str
     geometry: shapely.Polygon | shapely.MultiPolygon
+    cut: bool = False
+
+
+def read_annotation(uri: str) -> tuple[Region, ...]:
+    """Return the areas of a GeoJSON or ASAP XML file, whichever it is by its content.
+
+    Raises AnnotationError, ConfigError for a scheme that is not allowed.
+    """
+    content = _bytes(uri)
+    head = content[:64].replace(b"\0", b"").removeprefix(b"\xef\xbb\xbf").lstrip(b"\xff\xfe \t\r\n")
+    return _asap(uri, content) if head.startswith(b"<") else read_geojson(uri)
 
 
 def read_geojson(uri: str) -> tuple[Region, ...]:
@@ -67,14 +110,19 @@ def read_geojson(uri: str) -> tuple[Region, ...]:
     return tuple(regions)
 
 
-def _load(uri: str) -> Any:
+def _bytes(uri: str) -> bytes:
     path = storage.local_path(uri)
     try:
         if path.stat().st_size > MAX_BYTES:
             raise AnnotationError(f"{uri} has {path.stat().st_size:,} bytes; up to {MAX_BYTES:,} are read.")
-        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=lambda text: math.nan)
+        return path.read_bytes()
     except OSError as error:
         raise AnnotationError(f"{uri} cannot be read: {error.strerror or error}.") from error
+
+
+def _load(uri: str) -> Any:
+    try:
+        return json.loads(_bytes(uri).decode("utf-8-sig"), parse_constant=lambda text: math.nan)
     except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{uri} is not JSON: {error}.") from error
 
@@ -167,6 +215,51 @@ def _polygonal(shape: Any) -> shapely.Polygon | shapely.MultiPolygon:
     return shapely.MultiPolygon(parts)
 
 
+# ASAP
+
+
+def _asap(uri: str, content: bytes) -> tuple[Region, ...]:
+    """Return the areas of an ASAP file, in its order; points, and areas of fewer than three points, are passed over."""
+    try:
+        root = ElementTree.fromstring(content, forbid_dtd=True)
+    except (SyntaxError, ValueError, LookupError, DefusedXmlException) as error:
+        raise AnnotationError(f"{uri} is not XML that may be read: {error}.") from error
+    if root.tag != "ASAP_Annotations":
+        raise AnnotationError(f"{uri} is XML of {root.tag!r}; ASAP_Annotations, or GeoJSON, would do.")
+    found = []
+    for number, annotation in enumerate(root.iter("Annotation")):
+
+        def say(cause: str, number: int = number) -> AnnotationError:
+            return AnnotationError(f"{uri}, annotation {number}: {cause}.")
+
+        if annotation.get("Type", "").lower() in ASAP_AREAS:
+            shape = _asap_area(annotation, say)
+            group = (annotation.get("PartOfGroup") or "").strip()
+            name = "" if group == "None" else ASAP_GROUPS.get(group.casefold(), group)
+            found += [Region(name, shape)] if shape is not None else []
+    return _cut(found)
+
+
+def _asap_area(annotation: Any, say: Say) -> shapely.Polygon | shapely.MultiPolygon | None:
+    corners = [(corner.get("X"), corner.get("Y")) for corner in annotation.iter("Coordinate")]
+    if len(corners) < 3:
+        return None
+    shape = _mended([shapely.Polygon(_ring([*corners, corners[0]], say))], say)
+    return None if shape.is_empty else shape
+
+
+def _cut(regions: Sequence[Region]) -> tuple[Region, ...]:
+    """Take what is normal out of everything else."""
+    cuts = shapely.union_all([region.geometry for region in regions if region.name == ASAP_CUTS])
+    kept = []
+    for region in regions:
+        if region.name == ASAP_CUTS:
+            kept.append(Region(region.name, region.geometry, cut=True))
+        elif not (left := _polygonal(shapely.difference(region.geometry, cuts))).is_empty:
+            kept.append(Region(region.name, left))
+    return tuple(kept)
+
+
 # names
 
 
@@ -193,6 +286,8 @@ def named(
     found = []
     for region in regions:
         meant = class_of(region.name, classes, names)
+        if meant is None and region.cut:
+            continue
         if meant is None:
             what = f"the annotation class {region.name!r}" if region.name else "an annotation without a class name"
             raise AnnotationError(
@@ -239,6 +334,61 @@ def labels_by_centre(
     if background is None:
         labels[~some] = -1
     return labels
+
+
+def labels_by_fraction(
+    regions: Sequence[Region],
+    xy_px0: npt.NDArray[np.int64],
+    wh_px0: npt.NDArray[Any],
+    classes: Sequence[str],
+    names: Mapping[str, str] | None = None,
+    fraction: float = 0.75,
+    *,
+    exclusive: bool = True,
+    where: str = "",
+) -> npt.NDArray[np.int8]:
+    """Return labels per tile, int8 (N, K), by the share of its area that lies in each class: exact, by the polygons.
+
+    exclusive : 1 for the class that covers at least `fraction` of the tile (of several the later), -1 throughout
+        where none does. What no region covers is of the first class, and of overlapping regions the class counts
+        that stands later in `classes`. False (multilabel): for each class by itself 1 where the share inside is at
+        least `fraction`, 0 where the share outside is, -1 between.
+
+    Raises AnnotationError for a name that means no class.
+    """
+    regions = named(regions, classes, names, where)
+    shapes = [shapely.union_all([r.geometry for r in regions if r.name == name]) for name in classes]
+    least = fraction - ROUNDING
+    if not exclusive:
+        share = np.column_stack([shares(shape, xy_px0, wh_px0) for shape in shapes])
+        return np.where(share >= least, 1, np.where(1 - share >= least, 0, -1)).astype(np.int8)
+    for i in range(len(shapes) - 1):
+        shapes[i] = shapely.difference(shapes[i], shapely.union_all(shapes[i + 1 :]))
+    share = np.column_stack([shares(shape, xy_px0, wh_px0) for shape in shapes])
+    share[:, 0] = 1 - share[:, 1:].sum(axis=1)
+    enough = share >= least
+    winner = len(classes) - 1 - np.argmax(enough[:, ::-1], axis=1)
+    labels: npt.NDArray[np.int8] = (np.arange(len(classes)) == winner[:, None]).astype(np.int8)
+    labels[~enough.any(axis=1)] = -1
+    return labels
+
+
+def shares(shape: Any, xy_px0: npt.NDArray[Any], wh_px0: npt.NDArray[Any]) -> Points:
+    """Return the share of each box that lies in `shape`, float64 (N,); xy_px0, wh_px0 : (N, 2), corners and sizes."""
+    low, size = np.asarray(xy_px0, np.float64), np.asarray(wh_px0, np.float64)
+    share = np.zeros(len(low))
+    if shape.is_empty or not len(low):
+        return share
+    boxes: Any = shapely.box(*low.T, *(low + size).T)
+    parts = shapely.get_parts(shape)
+    shapely.prepare(parts)
+    part, box = shapely.STRtree(boxes).query(parts, predicate="intersects")
+    area = size[box].prod(axis=1)
+    rim = ~shapely.contains_properly(parts[part], boxes[box])
+    area[rim] = shapely.area(shapely.intersection(parts[part[rim]], boxes[box[rim]]))
+    np.add.at(share, box, area)
+    out: Points = np.minimum(share / size.prod(axis=1), 1.0)
+    return out
 
 
 def _inside(regions: Sequence[Region], centres: Points, classes: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -291,19 +441,73 @@ def label_slide(
         return None
     determines = {
         "annotation": _sha256(item.annotation) if item.annotation else None,
-        "spec": spec.model_dump(mode="json"),
+        "spec": spec.model_dump(mode="json", exclude={"fraction"} if spec.rule == "centre" else None),
         "classes": list(classes),
         "exclusive": exclusive,
+        "method": METHOD,
     }
     node = f"labels/{grid}/{spec.rule}-{digest(determines)}"
     if not store.committed(node):
-        regions = read_geojson(item.annotation) if item.annotation else ()
+        regions = named(_regions(item), classes, spec.names, item.annotation or "")
         xy_px0, wh_px0 = (store.read(f"grids/{grid}/{name}") for name in ("xy_px0", "wh_px0"))
-        where = item.annotation or ""
-        labels = labels_by_centre(regions, xy_px0, wh_px0, classes, spec.names, exclusive=exclusive, where=where)
-        store.write_array(node, labels, {"determines": determines})
+        if spec.rule == "centre":
+            labels = labels_by_centre(regions, xy_px0, wh_px0, classes, exclusive=exclusive)
+        else:
+            labels = labels_by_fraction(regions, xy_px0, wh_px0, classes, fraction=spec.fraction, exclusive=exclusive)
+        attributes = {"determines": determines, "annotated_um2": _annotated(store, grid, regions, classes)}
+        store.write_array(node, labels, attributes)
         store.commit(node)
     return node
+
+
+def _regions(item: Item) -> tuple[Region, ...]:
+    return read_annotation(item.annotation) if item.annotation else ()
+
+
+# what the tissue mask misses
+
+
+def _annotated(
+    store: SlideStore, grid: str, regions: Sequence[Region], classes: Sequence[str]
+) -> dict[str, list[float]] | None:
+    """Annotated area by class, all of it and what lies outside the tissue mask, um2; None for a grid without a mask."""
+    about = store.node_attrs(f"grids/{grid}").get("determines", {})
+    if "tissue" not in about or not regions:
+        return None
+    tissue = f"{about['tissue']}/mask"
+    px0_per_px = store.node_attrs(tissue)["px0_per_px"]
+    mask, um2 = store.read(tissue), float(about["mpp0"]) ** 2
+    found = {}
+    for name in classes:
+        if mine := [region.geometry for region in regions if region.name == name]:
+            shape = shapely.union_all(mine)
+            found[name] = [shape.area * um2, missed_px0(shape, mask, (px0_per_px[0], px0_per_px[1])) * um2]
+    return found
+
+
+def missed_px0(shape: Any, mask: npt.NDArray[np.bool_], px0_per_px: tuple[float, float]) -> float:
+    """Return the area of `shape` outside a tissue mask, in px0 squared, exactly; what lies beyond the slide is outside.
+
+    mask : bool (h, w) over the slide; each pixel covers `px0_per_px` (x, y) px0.
+    """
+    x, y = px0_per_px
+    left, top, right, bottom = shape.bounds
+    rows = slice(max(0, math.floor(top / y)), max(0, math.ceil(bottom / y)))
+    cols = slice(max(0, math.floor(left / x)), max(0, math.ceil(right / x)))
+    window = mask[rows, cols].astype(np.int8)
+    row, first, last = _runs(window)
+    low = np.column_stack([(first + cols.start) * x, (row + rows.start) * y])
+    size = np.column_stack([(last - first) * x, np.full(len(row), y)])
+    inside = math.fsum(shares(shape, low, size) * size.prod(axis=1))
+    missed = float(shape.area) - inside
+    return missed if missed > ROUNDING * shape.area else 0.0
+
+
+def _runs(window: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.int64], ...]:
+    """Return row, first and one past the last column of every run of ones."""
+    edges = np.diff(window, axis=1, prepend=0, append=0)
+    row, first = np.nonzero(edges == 1)
+    return row, first, np.nonzero(edges == -1)[1]
 
 
 def _sha256(uri: str) -> str:
@@ -314,6 +518,32 @@ def _sha256(uri: str) -> str:
 
 
 # drawing
+
+
+def together_px0(regions: Sequence[Region]) -> Any:
+    """Return the union of regions, a shapely geometry; empty without regions."""
+    return shapely.union_all([region.geometry for region in regions])
+
+
+def even_odd(shape: Any, corner: tuple[int, int], size: tuple[int, int], px0: float) -> npt.NDArray[np.bool_]:
+    """Return a valid polygon or multipolygon as pixels, bool `size` (h, w): true where a pixel's centre is inside.
+
+    Pixels are `px0` wide and high, and the first is (row, col) `corner` of the slide's. Each row is crossed by the
+    outlines an even number of times, and what lies between an odd crossing and the next is inside.
+    """
+    flips = np.zeros((size[0], size[1] + 1), np.uint8)
+    points, ring = shapely.get_coordinates(shapely.get_rings(shapely.get_parts(shape)), return_index=True)
+    points = points / px0 - 0.5 - np.array(corner[::-1])  # the centre of the first pixel is (0, 0)
+    one, other = points[:-1][ring[:-1] == ring[1:]], points[1:][ring[:-1] == ring[1:]]
+    rows = np.ceil(np.column_stack([one[:, 1], other[:, 1]])).clip(0, size[0]).astype(np.int64)
+    first, count = rows.min(axis=1), np.abs(rows[:, 0] - rows[:, 1])
+    edge = np.repeat(np.arange(len(one)), count)
+    row = first[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
+    (x0, y0), (x1, y1) = one[edge].T, other[edge].T
+    col = np.ceil(x0 + (row - y0) / (y1 - y0) * (x1 - x0)).clip(0, size[1]).astype(np.int64)
+    np.add.at(flips, (row, col), 1)
+    inside: npt.NDArray[np.bool_] = np.bitwise_xor.accumulate(flips & 1, axis=1)[:, :-1].astype(np.bool_)
+    return inside
 
 
 def rings_px0(regions: Sequence[Region]) -> Iterator[tuple[str, Points]]:

@@ -21,6 +21,8 @@ from slideflow_ray.errors import ConfigError, CorruptStore, InfrastructureError,
 
 if TYPE_CHECKING:
     from slideflow_ray.accounting import RunResult
+    from slideflow_ray.aggregate import Scheduler
+    from slideflow_ray.lesions import LesionResults
     from slideflow_ray.specs import RunSpec
 
 app = typer.Typer(
@@ -56,6 +58,14 @@ class TilesName(StrEnum):
 
     lossless = "lossless"
     none = "none"
+
+
+class SlideScoreName(StrEnum):
+    """What a slide is judged by."""
+
+    max = "max"
+    top10 = "top10"
+    area = "area"
 
 
 class DaskName(StrEnum):
@@ -220,23 +230,48 @@ def verify(
 def evaluate(
     out: OutArgument,
     rule: Annotated[
-        str, typer.Option(help="youden, f1, sensitivity=0.95, specificity=0.95 or probability=0.5.")
+        str,
+        typer.Option(
+            help="youden, f1, sensitivity=0.95, specificity=0.95, cost=5 (missing one costs 5 false alarms), "
+            "cost=5,prevalence=0.1, probability=0.5, or a preset: 004 (probability=0.8), 003 (probability=0.5)."
+        ),
     ] = "youden",
+    slide_score: Annotated[
+        SlideScoreName,
+        typer.Option(help="A slide's score: its highest tile, the mean of ten, or the share of tiles at 0.5 or more."),
+    ] = SlideScoreName.max,
+    labels: Annotated[
+        str | None, typer.Option(help="How annotations label tiles: centre, or fraction=0.75; default: the run's.")
+    ] = None,
+    camelyon16: Annotated[
+        bool, typer.Option("--camelyon16", help="Score lesions by CAMELYON16's rules too: FROC, slide AUC, forest.")
+    ] = False,
     name: Annotated[
         list[str] | None, typer.Option(help="ANNOTATION=CLASS, for annotations with other names; may be repeated.")
     ] = None,
     dask: Annotated[DaskName | None, typer.Option(help="Scheduler of the aggregation; default: the run's.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fix operating points on validation, apply them to test, write confusion and ROC."""
+    """Fix operating points on validation, apply them to test, write confusion, ROC, PR, calibration."""
     from slideflow_ray.evaluate import evaluate as evaluate_
 
     pairs = [text.partition("=") for text in name or []]
     if bad := [key for key, equals, value in pairs if not (key and equals and value)]:
         raise ConfigError(f"--name {bad[0]} is not ANNOTATION=CLASS.", next_step="slideflow-ray evaluate --help")
     names = {key: value for key, _, value in pairs}
-    found = evaluate_(out, rule=rule, names=names, scheduler=dask.value if dask else None)
-    typer.echo(json.dumps(found.to_json()) if as_json else found.summary())
+    scheduler: Scheduler | None = ("ray" if dask is DaskName.ray else "threads") if dask else None
+    found = evaluate_(out, rule=rule, names=names, scheduler=scheduler, slide_score=slide_score.value, labels=labels)
+    lesions = _camelyon16(out, names, scheduler) if camelyon16 else None
+    if as_json:
+        typer.echo(json.dumps(found.to_json() | ({"camelyon16": lesions.to_json()} if lesions else {})))
+    else:
+        typer.echo("\n".join([found.summary(), *([lesions.summary()] if lesions else [])]))
+
+
+def _camelyon16(out: Path, names: dict[str, str], scheduler: Scheduler | None) -> LesionResults:
+    from slideflow_ray.lesions import camelyon16
+
+    return camelyon16(out, names=names, scheduler=scheduler)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Margin histograms that add up, ROC, rules for the operating point, Confusion, intervals over patients.
+"""Margin histograms that add up, ROC, rules for the operating point, Confusion, calibration, FROC, intervals.
 
 Pure NumPy. A margin is log p/(1-p) of one class against the rest, float32. Its bin is the
 top 16 bits of the ordered float32 (sign, exponent, 7 bits of mantissa), so there are
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Self
 
 import numpy as np
@@ -164,6 +165,14 @@ class Roc:
         """Share of the called that are positive, at each threshold."""
         return self.tp / (self.tp + self.fp)
 
+    @property
+    def average_precision(self) -> float:
+        """Sum over thresholds of precision times the gain in recall; NaN without positives."""
+        if not self.positives:
+            return math.nan
+        gain = np.diff(self.tp, prepend=0) / self.positives
+        return float(gain @ self.precision)
+
     def curve(self) -> tuple[Floats, Floats]:
         """Return (fpr, tpr) for drawing: from (0, 0), where nothing is called, to (1, 1)."""
         return np.r_[0.0, self.fpr], np.r_[0.0, self.tpr]
@@ -183,6 +192,17 @@ def roc(pos: Ints, neg: Ints) -> Roc:
         positives=int(pos.sum()),
         negatives=int(neg.sum()),
     )
+
+
+def exact_roc(pos: Margins, neg: Margins) -> Roc:
+    """Return the ROC of scores themselves, float32: one threshold per distinct score, as scikit-learn's.
+
+    `roc` has one per bin, some of them here.
+    """
+    thresholds = np.unique(np.concatenate([pos, neg]))[::-1]
+    rising = [np.sort(side) for side in (pos, neg)]
+    tp, fp = (len(side) - np.searchsorted(side, thresholds, side="left") for side in rising)
+    return Roc(thresholds, tp.astype(np.int64), fp.astype(np.int64), len(pos), len(neg))
 
 
 def auc(pos: Ints, neg: Ints) -> float:
@@ -215,12 +235,8 @@ def rank_auc(pos: npt.NDArray[np.float32], neg: npt.NDArray[np.float32]) -> floa
 
 
 def average_precision(pos: Ints, neg: Ints) -> float:
-    """Return the sum over thresholds of precision times the gain in recall; NaN without positives."""
-    if not pos.any():
-        return math.nan
-    curve = roc(pos, neg)
-    gain = np.diff(curve.tp, prepend=0) / curve.positives
-    return float(gain @ curve.precision)
+    """Return the average precision of two histograms; NaN without positives."""
+    return roc(pos, neg).average_precision
 
 
 # the operating point
@@ -264,12 +280,42 @@ def fixed_specificity(at_least: float) -> Rule:
     def rule(pos: Ints, neg: Ints) -> float:
         curve = _both_classes(pos, neg)
         good = np.flatnonzero(curve.negatives - curve.fp >= at_least * curve.negatives)
-        if len(good):
-            return float(curve.thresholds[good[-1]])
-        above = int(bin_of(curve.thresholds[:1])[0]) + 1
-        return float(edge_of(min(above, HIGHEST_BIN)))
+        return float(curve.thresholds[good[-1]]) if len(good) else _above(curve)
 
     return rule
+
+
+def least_cost(cost: str, prevalence: str | None = None) -> Rule:
+    """Return the rule: the highest threshold of least cost, where missing a positive costs `cost` false alarms.
+
+    Without a prevalence the cost is that of the data, ``cost * FN + FP``. With one it is that of a case drawn
+    where a share `prevalence` is positive: ``cost * prevalence * FN / P + (1 - prevalence) * FP / N`` (C. E. Metz,
+    Semin. Nucl. Med. 8 (1978) 283-298). Calling nothing is a choice too: its threshold is above every score. Both
+    numbers are decimal texts and are computed with exactly. Raises ValueError for a cost that is not above 0, or a
+    prevalence that is not between 0 and 1.
+    """
+    ratio_, share = Fraction(cost), None if prevalence is None else Fraction(prevalence)
+    if ratio_ <= 0 or (share is not None and not 0 < share < 1):
+        raise ValueError(f"a cost is above 0 and a prevalence between 0 and 1, got {cost} and {prevalence}")
+
+    def rule(pos: Ints, neg: Ints) -> float:
+        curve = _both_classes(pos, neg)
+        miss, alarm = ratio_, Fraction(1)
+        if share is not None:
+            miss, alarm = ratio_ * share / curve.positives, (1 - share) / curve.negatives
+        scale = miss.denominator * alarm.denominator
+        # Python integers: exact, so that equals are equal
+        fn, fp = np.r_[curve.positives, curve.positives - curve.tp].astype(object), np.r_[0, curve.fp].astype(object)
+        best = int(np.argmin(fn * int(miss * scale) + fp * int(alarm * scale)))
+        return float(curve.thresholds[best - 1]) if best else _above(curve)
+
+    return rule
+
+
+def _above(curve: Roc) -> float:
+    """A threshold above every score."""
+    above = int(bin_of(curve.thresholds[:1])[0]) + 1
+    return float(edge_of(min(above, HIGHEST_BIN)))
 
 
 def fixed_probability(p: float) -> Rule:
@@ -354,12 +400,17 @@ class Counts:
         """Mean of sensitivity and specificity."""
         return (self.sensitivity + self.specificity) / 2
 
+    @property
+    def kappa(self) -> float:
+        """Agreement beyond chance, as `Confusion.kappa`."""
+        return self.confusion("", "").kappa
+
     def confusion(self, negative: str, positive: str) -> Confusion:
         """Return the 2 x 2 table: true classes as rows, negative first."""
         return Confusion((negative, positive), np.array([[self.tn, self.fp], [self.fn, self.tp]], np.int64))
 
 
-RATES = ("sensitivity", "specificity", "ppv", "npv", "f1", "accuracy", "balanced_accuracy")
+RATES = ("sensitivity", "specificity", "ppv", "npv", "f1", "accuracy", "balanced_accuracy", "kappa")
 
 
 @dataclass(frozen=True, eq=False)
@@ -442,6 +493,135 @@ class Confusion:
         rows, cols = (self.counts.sum(axis=axis).astype(object) for axis in (1, 0))
         chance = ratio(int(rows @ cols), self.total**2)
         return ratio(self.accuracy - chance, 1 - chance) if chance == chance else math.nan
+
+
+# probabilities: calibration, and 004's ROC
+
+RELIABILITY_BINS = 10
+THRESHOLDS_004 = (1.0, 0.99, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
+"""Probabilities at which source 004 draws its ROC."""
+
+_FIXED = 2**30
+"""Probabilities are summed as whole numbers of 2**-30, so that sums do not depend on order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """How probabilities compare with what came true, in ten bins of equal width; adds up in any order.
+
+    positives, total : int64 (10,), labelled cases by bin; sums : int64 (10,), their probabilities in units of 2**-30.
+    A bin holds its upper edge, and the first one 0 too. called : int64 (2, 13), positives and negatives whose
+    probability is at least each of THRESHOLDS_004.
+    """
+
+    positives: Ints
+    total: Ints
+    sums: Ints
+    called: Ints
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Count nothing."""
+        none = np.zeros(RELIABILITY_BINS, np.int64)
+        return cls(none, none, none, np.zeros((2, len(THRESHOLDS_004)), np.int64))
+
+    @classmethod
+    def of(cls, pos: Margins, neg: Margins) -> Self:
+        """Count probabilities, float32, of positives and of negatives: the first two arrays, any length."""
+        p = np.concatenate([pos, neg]).astype(np.float64)
+        place = np.searchsorted(np.linspace(0, 1, RELIABILITY_BINS + 1)[1:-1], p, side="left")
+        sums = np.zeros(RELIABILITY_BINS, np.int64)
+        np.add.at(sums, place, np.rint(p * _FIXED).astype(np.int64))
+        at = np.array(THRESHOLDS_004, np.float32)
+        called = [len(side) - np.searchsorted(np.sort(side), at, side="left") for side in (pos, neg)]
+        first = np.bincount(place[: len(pos)], minlength=RELIABILITY_BINS)
+        total = np.bincount(place, minlength=RELIABILITY_BINS)
+        return cls(first.astype(np.int64), total.astype(np.int64), sums, np.array(called, np.int64))
+
+    def __add__(self, other: Self) -> Self:
+        positives, total = self.positives + other.positives, self.total + other.total
+        return type(self)(positives, total, self.sums + other.sums, self.called + other.called)
+
+    @property
+    def mean_probability(self) -> Floats:
+        """Mean probability of each bin, float64 (10,); NaN in an empty one."""
+        return _by(self.sums / _FIXED, self.total)
+
+    @property
+    def observed(self) -> Floats:
+        """Share of positives in each bin, float64 (10,); NaN in an empty one."""
+        return _by(self.positives, self.total)
+
+    @property
+    def expected_calibration_error(self) -> float:
+        """Mean over cases of |observed - mean probability| of their bin; NaN without cases.
+
+        Naeini, Cooper and Hauskrecht, AAAI 2015, for one class against the rest.
+        """
+        gaps = [abs(int(n) * _FIXED - int(s)) for n, s in zip(self.positives, self.sums, strict=True)]
+        return ratio(sum(gaps) / _FIXED, int(self.total.sum()))
+
+    @property
+    def auc_004(self) -> float:
+        """Area under the ROC by the trapezoid rule over THRESHOLDS_004, as source 004 has it; NaN for one class.
+
+        The curve begins at threshold 1 and not at (0, 0), so the area is too small where scores reach 1.
+        """
+        tp, fp = self.called
+        if not tp[-1] or not fp[-1]:
+            return math.nan
+        return float(np.trapezoid(tp / tp[-1], fp / fp[-1]))
+
+
+def _by(part: npt.NDArray[np.float64 | np.int64], whole: Ints) -> Floats:
+    out: Floats = np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    return out
+
+
+# FROC
+
+
+FROC_FALSE_POSITIVES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Mean false positives per slide at which CAMELYON16 reads the sensitivity."""
+
+
+@dataclass(frozen=True, eq=False)
+class Froc:
+    """A free-response ROC: false positives per slide and sensitivity at falling strictness, float64 (n,) each.
+
+    sensitivities : at FROC_FALSE_POSITIVES; score : their mean.
+    """
+
+    false_positives: Floats
+    sensitivity: Floats
+    sensitivities: tuple[float, ...]
+    score: float
+
+
+def froc(false_positives: Floats, lesions: Floats, slides: int, count: int) -> Froc | None:
+    """Return the FROC by CAMELYON16's rules, or None without slides or lesions.
+
+    Parameters
+    ----------
+    false_positives : probabilities of the detections that hit no lesion, of all slides
+    lesions : highest probability of a hit for each lesion, 0 for one that nothing hit and for isolated tumour cells
+    slides : all slides, with and without tumour; false positives are counted per slide of these
+    count : lesions that should be found, isolated tumour cells left out
+
+    The thresholds are the distinct probabilities but the smallest, whatever it is, and one above all; sensitivity
+    is read at FROC_FALSE_POSITIVES by linear interpolation, as the challenge's own evaluation does.
+    """
+    if not slides or not count:
+        return None
+    thresholds = np.unique(np.concatenate([false_positives, lesions]))[1:]
+    found = [_at_least(side, thresholds) for side in (false_positives, lesions)]
+    per_slide, sensitivity = np.r_[found[0], 0] / slides, np.r_[found[1], 0] / count
+    read = np.interp(FROC_FALSE_POSITIVES, per_slide[::-1], sensitivity[::-1])
+    return Froc(per_slide, sensitivity, tuple(float(v) for v in read), float(np.mean(read)))
+
+
+def _at_least(values: Floats, thresholds: Floats) -> Ints:
+    return (len(values) - np.searchsorted(np.sort(values), thresholds, side="left")).astype(np.int64)
 
 
 # intervals over patients

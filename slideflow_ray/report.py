@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from slideflow_ray import accounting, aggregate, storage
-from slideflow_ray.annotations import class_of, read_geojson, rings_px0
+from slideflow_ray.annotations import class_of, read_annotation, rings_px0
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError, as_slideflow_error
 from slideflow_ray.figures import distribution, pr_figure, roc_figure
@@ -340,7 +340,7 @@ def _truth(item: Item, record: Mapping[str, Any], missing: list[str]) -> Iterato
     if not item.annotation:
         return
     try:
-        regions = read_geojson(item.annotation)
+        regions = read_annotation(item.annotation)
     except SlideflowError as error:
         missing.append(_cause(error))
         return
@@ -381,7 +381,7 @@ def _heatmap(store: SlideStore, grid: str, node: str, record: Mapping[str, Any],
         "threshold": point.probability if point else None,
         "called": edges(called, (left, top), scale),
         "share": float(called.sum() / len(cells)),
-        "verdict": _verdict(store, grid, model, c, cells, called) if point else None,
+        "verdict": _verdict(store, (grid, found.labels), model, c, cells, called) if point else None,
     }
 
 
@@ -391,17 +391,19 @@ VERDICTS = {"tp": (255, 0, 0, 150), "fp": (0, 255, 255, 150), "fn": (255, 255, 0
 
 def _verdict(
     store: SlideStore,
-    grid: str,
+    labelled: tuple[str, str],
     model: Mapping[str, Any],
     c: int,
     cells: npt.NDArray[np.int32],
     called: npt.NDArray[np.bool_],
 ) -> dict[str, Any] | None:
-    """Paint each labelled cell by how it was called; None where nothing is labelled."""
+    """Paint each labelled cell by how it was called; None where nothing is labelled. `labelled`: grid and rule."""
+    grid, rule = labelled
     labels = [
         node
         for node in store.nodes(f"labels/{grid}")
-        if store.node_attrs(node)["determines"]["classes"] == list(model["classes"])
+        if node.startswith(f"labels/{grid}/{rule.partition('=')[0]}")
+        and store.node_attrs(node)["determines"]["classes"] == list(model["classes"])
     ]
     if not labels:
         return None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
+from pydantic import Field
 
 from slideflow_ray import storage
-from slideflow_ray.metrics import MIN_PATIENTS, Confusion, Interval
+from slideflow_ray.metrics import MIN_PATIENTS, RATES, Confusion, Interval
 from slideflow_ray.specs import Spec
 
 SCHEMA = 1
@@ -18,6 +21,10 @@ FITTED, JUDGED = "val", "test"
 
 Level = Literal["tile", "slide", "patient"]
 LEVELS: tuple[Level, ...] = ("tile", "slide", "patient")
+Score = Literal["margin", "max", "top10", "area"]
+"""What is compared with a threshold: a tile's margin, or a slide's score; a patient's is that of its highest slide."""
+
+Shares = tuple[tuple[float | None, ...], ...]
 
 
 def with_interval(value: float | None, interval: Interval | None) -> str:
@@ -31,10 +38,48 @@ def with_interval(value: float | None, interval: Interval | None) -> str:
     return f"{value:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
 
 
+def defined(value: float) -> float | None:
+    """Return a number, or None for NaN, which JSON lacks."""
+    return None if math.isnan(value) else float(value)
+
+
+def patients_text(patients: int, lone: int) -> str:
+    """Say how many patients, and how many of them are slides whose patient the cohort does not name.
+
+    >>> patients_text(6, 0), patients_text(6, 2)
+    ('6 patients', '6 patients (2 of 6 are slides without patient_id)')
+    """
+    return f"{patients} patients" + (f" ({lone} of {patients} are slides without patient_id)" if lone else "")
+
+
+class Matrix(Spec):
+    """A confusion in full: true classes as rows; counts, shares of each true class, shares of everything.
+
+    Shares are None where there is nothing to divide by.
+    """
+
+    classes: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+    by_true: Shares
+    by_total: Shares
+
+    @classmethod
+    def of(cls, confusion: Confusion) -> Self:
+        """Take a confusion."""
+        by_true, by_total = (
+            tuple(tuple(defined(float(value)) for value in row) for row in shares)
+            for shares in (confusion.by_true(), confusion.by_total())
+        )
+        counts = tuple(tuple(int(n) for n in row) for row in confusion.counts)
+        return cls(classes=confusion.classes, counts=counts, by_true=by_true, by_total=by_total)
+
+
 class OperatingPoint(Spec):
     """A threshold, frozen: which rule chose it on which data, and what it came to there.
 
-    Positive when margin >= threshold. `probability` is the threshold's sigmoid, for reading only.
+    Positive when the score (`score` says which) >= threshold. `probability` is the threshold's sigmoid, for
+    reading only, and None where the score is no margin. `split` is "none" where the rule fixed the threshold
+    and there were no data to see it on. `lone` of the patients are slides without patient_id.
     """
 
     model: str
@@ -44,20 +89,24 @@ class OperatingPoint(Spec):
     rule: str
     split: str
     threshold: float
-    probability: float
+    probability: float | None
     positives: int
     negatives: int
     patients: int
     sensitivity: float | None
     specificity: float | None
     profile_digest: str | None
+    score: Score = "margin"
+    lone: int = 0
 
 
 class Result(Spec):
     """How one class of one model does on one split and level; rates are None where they are not defined.
 
-    `counts` and the rates are at the operating point, and None where there is none.
-    Intervals are 95 %, by resampling patients.
+    `counts`, `confusion` and the rates are at the operating point, and None where there is none.
+    Intervals are 95 %, by resampling patients; `lone` of the patients are slides without patient_id.
+    auc : exact; auc_004 : by the trapezoid rule over the thresholds of source 004. The latter and the expected
+    calibration error are None where the score is no margin.
     """
 
     model: str
@@ -76,6 +125,16 @@ class Result(Spec):
     rates: dict[str, float | None]
     sensitivity_interval: Interval | None
     specificity_interval: Interval | None
+    confusion: Matrix | None = None
+    auc_004: float | None = None
+    expected_calibration_error: float | None = None
+    score: Score = "margin"
+    lone: int = 0
+
+    @property
+    def patients_text(self) -> str:
+        """How many patients, for reading."""
+        return patients_text(self.patients, self.lone)
 
     @property
     def sentence(self) -> str:
@@ -84,12 +143,15 @@ class Result(Spec):
         if self.counts:
             parts.append(f"sensitivity {with_interval(self.rates['sensitivity'], self.sensitivity_interval)}")
             parts.append(f"specificity {with_interval(self.rates['specificity'], self.specificity_interval)}")
-        n = f"{self.positives:,} positive and {self.negatives:,} negative {self.level}s of {self.patients} patients"
+        n = f"{self.positives:,} positive and {self.negatives:,} negative {self.level}s of {self.patients_text}"
         return f"{self.name}, {self.class_name}, {self.split}, by {self.level}: {', '.join(parts)} ({n})"
 
 
 class Table(Spec):
-    """A confusion by arg max over the cohort's tiles: true classes as rows."""
+    """A confusion by arg max over the cohort's tiles: true classes as rows.
+
+    by_true, by_total : shares of each true class and of everything. by_class : each class's rates against the rest.
+    """
 
     model: str
     name: str
@@ -100,6 +162,28 @@ class Table(Spec):
     accuracy: float | None
     balanced_accuracy: float | None
     kappa: float | None
+    by_true: Shares = ()
+    by_total: Shares = ()
+    by_class: Mapping[str, Mapping[str, float | None]] = Field(default_factory=dict)
+    macro_f1: float | None = None
+
+    @classmethod
+    def of(cls, confusion: Confusion, **about: Any) -> Self:
+        """Take a confusion; `about` are the model, name, level and split."""
+        one = [confusion.one_against_rest(index) for index in range(len(confusion.classes))]
+        f1 = [counts.f1 for counts in one if not math.isnan(counts.f1)]
+        return cls(
+            **about,
+            **Matrix.of(confusion).model_dump(),
+            accuracy=defined(confusion.accuracy),
+            balanced_accuracy=defined(confusion.balanced_accuracy),
+            kappa=defined(confusion.kappa),
+            by_class={
+                name: {rate: defined(getattr(counts, rate)) for rate in RATES}
+                for name, counts in zip(confusion.classes, one, strict=True)
+            },
+            macro_f1=math.fsum(f1) / len(f1) if f1 else None,
+        )
 
     @property
     def confusion(self) -> Confusion:
@@ -109,12 +193,16 @@ class Table(Spec):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation came to. `notes` say, in sentences, what was left out or could not be computed."""
+    """What an evaluation came to. `notes` say, in sentences, what was left out or could not be computed.
+
+    labels : the rule by which annotations became labels of tiles.
+    """
 
     points: tuple[OperatingPoint, ...] = ()
     results: tuple[Result, ...] = ()
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
+    labels: str = ""
 
     def headline(self, model: str) -> Result | None:
         """Return the result that answers first: test, of the highest level that has an AUC, tiles before nothing."""
@@ -128,6 +216,7 @@ class Evaluation:
             "results": [r.model_dump(mode="json") for r in self.results],
             "argmax": [t.model_dump(mode="json") for t in self.tables],
             "notes": list(self.notes),
+            "labels": self.labels,
             "intervals": f"95 %, percentiles of resampled patients; none below {MIN_PATIENTS} patients",
         }
 
@@ -156,4 +245,5 @@ def read_evaluation(out: Path) -> Evaluation | None:
         results=tuple(Result.parse(r, "confusion.json") for r in confusion["results"]),
         tables=tuple(Table.parse(t, "confusion.json") for t in confusion["argmax"]),
         notes=tuple(confusion["notes"]),
+        labels=confusion.get("labels", ""),
     )

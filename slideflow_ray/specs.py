@@ -210,9 +210,14 @@ class ExecutorSpec(Spec):
 
 
 class LabelSpec(Spec):
-    """How annotations become labels per tile; `names` maps an annotation's class name to a class of the model."""
+    """How annotations become labels per tile; `names` maps an annotation's class name to a class of the model.
 
-    rule: Literal["centre"] = "centre"
+    rule : "centre", a tile is of the class its centre lies in; or "fraction", of the class that covers at least
+    `fraction` of it, and of none where no class does.
+    """
+
+    rule: Literal["centre", "fraction"] = "centre"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.75
     names: dict[str, str] = {}
 
 

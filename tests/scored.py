@@ -51,14 +51,22 @@ def write_features(path: Path, features: Sequence[dict]) -> str:
     return str(path)
 
 
-def write_store(out: Path, slide: Scored) -> SlideStore:
+TISSUE = "tissue/he-cccccccccccc"
+MASK_PX0 = 50
+
+
+def write_store(out: Path, slide: Scored, tissue: np.ndarray | None = None) -> SlideStore:
+    """`tissue` is a mask, bool (h, w), of MASK_PX0 px0 a pixel."""
     store = SlideStore(out, slide.item.slide_id)
     size = [STEP_PX0 * slide.shape[1] + 40, STEP_PX0 * slide.shape[0] + 40]
     store.describe({"uri": slide.item.uri, "size_px0": size, "mpp0": MPP0, "levels": [], "reader": "none"})
     xy = slide.cells[:, ::-1].astype(np.int64) * STEP_PX0
-    store.make_group(
-        f"grids/{GRID}", {"determines": {"tile": TILE.model_dump(), "mpp0": MPP0}, "shape": list(slide.shape)}
-    )
+    determines: dict = {"tile": TILE.model_dump(), "mpp0": MPP0}
+    if tissue is not None:
+        determines["tissue"] = TISSUE
+        store.write_array(f"{TISSUE}/mask", tissue, {"px0_per_px": [MASK_PX0, MASK_PX0]})
+        store.commit(TISSUE)
+    store.make_group(f"grids/{GRID}", {"determines": determines, "shape": list(slide.shape)})
     n = len(xy)
     arrays = {
         "xy_px0": xy,
@@ -85,12 +93,13 @@ def write_scored_run(
     failed: Sequence[Item] = (),
     names: dict[str, str] | None = None,
     heatmaps: bool = False,
+    tissue: np.ndarray | None = None,
 ) -> Path:
     model = RunModel("fake", NODE, ModelSpec(path="/bundles/fake"), TILE, task, classes, ())
     spec = RunSpec(cohort="cohort.csv", out=str(out), model=(model.spec,), labels=LabelSpec(names=names or {}))
     ended = []
     for slide in slides:
-        write_store(out, slide)
+        write_store(out, slide, tissue)
         grids = ((GRID, NODE),) if len(slide.cells) else ()
         outcome = "scored" if grids else "no_tissue"
         ended.append(Ended(slide.item.slide_id, "done", outcome, len(slide.cells), "", (GRID,), ((GRID, NODE),)))

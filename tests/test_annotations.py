@@ -6,15 +6,19 @@ import time
 import numpy as np
 import pytest
 import shapely
-from scored import GRID, Scored, box, cells_of, write_features, write_store
+from scored import GRID, MPP0, Scored, box, cells_of, write_features, write_store
 
 from slideflow_ray.annotations import (
     Region,
     class_of,
     label_slide,
     labels_by_centre,
+    labels_by_fraction,
+    missed_px0,
+    read_annotation,
     read_geojson,
     rings_px0,
+    shares,
     slide_labels,
 )
 from slideflow_ray.cohort import Item
@@ -261,3 +265,178 @@ def test_a_lost_annotation_is_an_annotation_error(slide, tmp_path):
     (tmp_path / "s.geojson").unlink()
     with pytest.raises(AnnotationError, match="cannot be read"):
         label_slide(store, GRID, item, CLASSES, LabelSpec())
+
+
+# ASAP
+
+
+def asap(tmp_path, *annotations, name="a.xml"):
+    """annotations: (group, type, points)."""
+    rows = []
+    for group, kind, points in annotations:
+        corners = "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>' for i, (x, y) in enumerate(points))
+        about = f'Name="A" Type="{kind}" PartOfGroup="{group}"'
+        rows.append(f"<Annotation {about}><Coordinates>{corners}</Coordinates></Annotation>")
+    text = f'<?xml version="1.0"?>\n<ASAP_Annotations><Annotations>{"".join(rows)}</Annotations>'
+    text += (
+        '<AnnotationGroups><Group Name="_0" PartOfGroup="None" Color="#64FE2E"/></AnnotationGroups></ASAP_Annotations>'
+    )
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("groups", [("_0", "_2"), ("_1", "_2"), ("metastases", "normal"), ("Tumor", "Exclusion")])
+def test_asap_groups_are_tumour_and_what_is_normal_is_cut_out(tmp_path, groups):
+    uri = asap(tmp_path, (groups[1], "Spline", HOLE[:-1]), (groups[0], "Polygon", RING[:-1]))
+    normal, tumour = read_annotation(uri)
+    assert (normal.name, tumour.name, normal.cut, tumour.cut) == ("normal", "tumor", True, False)
+    assert tumour.geometry.equals(shapely.Polygon(RING, [HOLE]))
+    assert normal.geometry.area == 400
+    xy, wh = tiles()
+    expected = labels_by_centre(regions(("tumor", RING, HOLE)), xy, wh, CLASSES)
+    assert np.array_equal(labels_by_centre((normal, tumour), xy, wh, CLASSES), expected)
+    only = labels_by_centre((normal, tumour), xy, wh, ("tumor",), exclusive=False)  # no class for what is normal
+    assert np.array_equal(only[:, 0], expected[:, 1])
+
+
+def test_content_and_not_the_name_says_what_a_file_is(tmp_path):
+    uri = asap(tmp_path, ("_0", "Polygon", RING), name="slide.geojson")
+    assert read_annotation(uri)[0].geometry.area == 4000
+    path = tmp_path / "slide.xml"
+    path.write_text("\n " + json.dumps([feature(POLYGON, name="Tumor")]))
+    assert read_annotation(str(path))[0].name == "Tumor"
+    text = (tmp_path / "slide.geojson").read_text().replace('"1.0"', '"1.0" encoding="UTF-16"')
+    path.write_bytes(text.encode("utf-16"))
+    assert read_annotation(str(path))[0].name == "tumor"
+    path.write_text(text.replace(' encoding="UTF-16"', ""), encoding="utf-8-sig")
+    assert read_annotation(str(path))[0].name == "tumor"
+
+
+def test_asap_of_other_groups_points_and_rectangles(tmp_path):
+    found = read_annotation(
+        asap(
+            tmp_path,
+            ("None", "Polygon", RING[:-1]),
+            ("Necrosis", "Rectangle", HOLE[:-1]),
+            ("_0", "Dot", [(3, 4)]),
+            ("_0", "Polygon", [(3, 4), (5, 6)]),
+            ("_0", "Polygon", [(3, 4), (5, 6), (7, 8)]),
+            ("_2", "Polygon", HOLE[:-1]),
+        )
+    )
+    assert [region.name for region in found] == ["", "normal"]  # the necrosis is all normal
+    assert found[0].geometry.area == 4000 - 400
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("<ASAP_Annotations>", "not XML that may be read"),
+        ("<Annotations/>", "XML of 'Annotations'; ASAP_Annotations"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><ASAP_Annotations>&b;</ASAP_Annotations>', "not XML that may be read"),
+        ('<!DOCTYPE a SYSTEM "file:///etc/passwd"><ASAP_Annotations/>', "not XML that may be read"),
+        ('<?xml version="1.0" encoding="nonsense"?><ASAP_Annotations/>', "not XML that may be read"),
+    ],
+)
+def test_xml_that_is_not_asaps_or_is_dangerous_is_refused(tmp_path, text, cause):
+    path = tmp_path / "bad.xml"
+    path.write_text(text)
+    with pytest.raises(AnnotationError, match=cause):
+        read_annotation(str(path))
+
+
+def test_bad_coordinates_of_asap_name_the_annotation(tmp_path):
+    uri = asap(tmp_path, ("_0", "Polygon", RING), ("_0", "Polygon", [("a", 1), (2, 3), (4, 9)]))
+    with pytest.raises(AnnotationError, match="annotation 1: a ring that is no list"):
+        read_annotation(uri)
+    with pytest.raises(AnnotationError, match="cannot be read"):
+        read_annotation(str(tmp_path / "none.xml"))
+
+
+# fraction
+
+
+def test_shares_are_those_of_shapely_box_by_box():
+    rng = np.random.default_rng(2)
+    shape = shapely.union_all([shapely.Point(rng.uniform(0, 900, 2)).buffer(rng.uniform(20, 200)) for _ in range(9)])
+    shape = shape.difference(shapely.Point(450, 450).buffer(150))
+    xy, wh = rng.integers(0, 1000, (400, 2)), rng.integers(1, 120, (400, 2))
+    expected = [
+        shape.intersection(shapely.box(x, y, x + w, y + h)).area / (w * h)
+        for (x, y), (w, h) in zip(xy.tolist(), wh.tolist(), strict=True)
+    ]
+    found = shares(shape, xy, wh)
+    assert found == pytest.approx(np.array(expected), abs=1e-12)
+    assert {0, 1} <= set(np.round(found, 12))
+    assert shares(shapely.Polygon(), xy, wh).max() == 0
+
+
+def test_a_tile_is_of_the_class_that_covers_the_fraction_and_else_of_none():
+    """Tumour at x < 100; tiles of 20 px0 have 1, 1, 3/4, 0.7, 1/2, 1/4, 0.2 and nothing of it."""
+    tumour = regions(("tumor", [[0, 0], [100, 0], [100, 50], [0, 50], [0, 0]], None))
+    xy = np.array([(x, 10) for x in (70, 80, 85, 86, 90, 95, 96, 100)])
+    wh = np.full(xy.shape, 20)
+    labels = labels_by_fraction(tumour, xy, wh, CLASSES, fraction=0.75)
+    assert labels[:, 1].tolist() == [1, 1, 1, -1, -1, 0, 0, 0]
+    assert labels[:, 0].tolist() == [0, 0, 0, -1, -1, 1, 1, 1]
+    assert labels_by_fraction(tumour, xy, wh, CLASSES, fraction=0.2)[:, 1].tolist() == [1, 1, 1, 1, 1, 1, 1, 0]
+    assert labels_by_fraction(tumour, xy, wh, CLASSES, fraction=1)[:, 1].tolist() == [1, 1, -1, -1, -1, -1, -1, 0]
+    many = labels_by_fraction(tumour, xy, wh, CLASSES, fraction=0.75, exclusive=False)
+    assert many[:, 1].tolist() == [1, 1, 1, -1, -1, 0, 0, 0]
+    assert (many[:, 0] == 0).all()
+
+
+def test_holes_are_normal_and_of_overlapping_regions_the_later_class_counts():
+    tumour = regions(("tumor", RING, HOLE))
+    xy, wh = np.array([(30, 30), (60, 25), (25, 30)]), np.array([(20, 20), (10, 10), (20, 20)])
+    assert labels_by_fraction(tumour, xy, wh, CLASSES)[:, 1].tolist() == [0, 1, 0]  # 0, 1, 1/4
+    both = regions(("normal", RING, None), ("tumor", RING, HOLE))
+    assert np.array_equal(labels_by_fraction(both, xy, wh, CLASSES), labels_by_fraction(tumour, xy, wh, CLASSES))
+    three = regions(("b", RING, None), ("c", HOLE, None))
+    assert labels_by_fraction(three, xy, wh, ("a", "b", "c")).argmax(axis=1).tolist() == [2, 1, 2]  # the last: 3/4
+
+
+def test_rule_and_fraction_are_in_the_digest(slide):
+    store, item = slide
+    nodes = {
+        rule: label_slide(store, GRID, item, CLASSES, LabelSpec(rule=rule[0], fraction=rule[1]))
+        for rule in (("centre", 0.75), ("centre", 0.5), ("fraction", 0.75), ("fraction", 0.5))
+    }
+    assert len(set(nodes.values())) == 3  # the centre has no fraction
+    assert nodes["centre", 0.75] == nodes["centre", 0.5]
+    assert nodes["fraction", 0.5].startswith(f"labels/{GRID}/fraction-")
+    assert store.node_attrs(nodes["fraction", 0.5])["determines"]["spec"]["fraction"] == 0.5
+    # tiles of 80 px0 begin every 40: of x < 200, y < 300 three quarters and more lie inside
+    assert store.read(nodes["fraction", 0.75])[:, 1].tolist().count(1) == sum(
+        (min(80, 200 - 40 * c) / 80) * (min(80, 300 - 40 * r) / 80) >= 0.75 for r in range(8) for c in range(5)
+    )
+
+
+# what the mask misses
+
+
+def test_missed_area_is_that_of_shapely_pixel_by_pixel():
+    rng = np.random.default_rng(3)
+    mask = rng.uniform(size=(20, 30)) < 0.6
+    for _ in range(5):
+        shape = (
+            shapely.Point(rng.uniform(-20, 320, 2)).buffer(rng.uniform(5, 150)).difference(shapely.box(50, 50, 80, 90))
+        )
+        tissue = shapely.union_all([shapely.box(c * 10, r * 7, c * 10 + 10, r * 7 + 7) for r, c in np.argwhere(mask)])
+        assert missed_px0(shape, mask, (10.0, 7.0)) == pytest.approx(shape.difference(tissue).area, abs=1e-6)
+    inside = shapely.box(100, 70, 137, 91)
+    assert missed_px0(inside, np.ones((20, 30), bool), (10.0, 7.0)) == 0
+    assert missed_px0(inside, np.zeros((20, 30), bool), (10.0, 7.0)) == inside.area
+    assert missed_px0(shapely.box(-50, -50, -10, -10), mask, (10.0, 7.0)) == 1600
+
+
+def test_labels_say_the_annotated_and_the_missed_area(tmp_path):
+    annotation = write_features(tmp_path / "s.geojson", [box("Tumor", 0, 0, 100, 100)])
+    item = Item(slide_id="s", uri="s.svs", label="tumor", annotation=annotation)
+    mask = np.ones((4, 6), bool)
+    mask[0] = False
+    store = write_store(tmp_path / "out", Scored(item, cells_of(9, 13), np.zeros((117, 2)), (9, 13)), tissue=mask)
+    node = label_slide(store, GRID, item, CLASSES, LabelSpec())
+    um2 = MPP0**2
+    assert store.node_attrs(node)["annotated_um2"] == {"tumor": [10_000 * um2, 100 * 50 * um2]}

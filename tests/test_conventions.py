@@ -19,7 +19,20 @@ LAYERS = [
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["packs", "planes", "layout", "pipeline"],
     ["execute", "aggregate"],
-    ["accounting", "graph", "units", "run", "results", "evaluate", "train", "explain"],
+    [
+        "accounting",
+        "graph",
+        "units",
+        "run",
+        "results",
+        "rules",
+        "cases",
+        "answers",
+        "evaluate",
+        "lesions",
+        "train",
+        "explain",
+    ],
     ["quality", "figures"],
     ["report", "export", "web", "nightly", "submit", "progress", "doctor", "demo"],
     ["cli"],
@@ -40,7 +53,8 @@ HEAVY = {
     "pyarrow": {"tables.py"},
     "shapely": {"planes.py", "annotations.py", "objects.py"},
     "segmentation_models_pytorch": {"models/networks.py"},
-    "sklearn": {"train/loop.py"},
+    "sklearn": {"train/loop.py", "lesions.py"},
+    "defusedxml": {"annotations.py"},
 }
 
 
@@ -117,7 +131,19 @@ def test_doctests_of_the_light_modules_run():
     import importlib
 
     run = 0
-    for name in ("geometry", "specs", "storage", "store", "metrics", "annotations", "results", "phantoms", "collect"):
+    for name in (
+        "geometry",
+        "specs",
+        "storage",
+        "store",
+        "metrics",
+        "annotations",
+        "results",
+        "rules",
+        "cases",
+        "phantoms",
+        "collect",
+    ):
         result = doctest.testmod(importlib.import_module(f"slideflow_ray.{name}"))
         assert result.failed == 0
         run += result.attempted

@@ -10,13 +10,23 @@ from sklearn import metrics as sk
 
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import AnnotationError, ConfigError, SplitLeakError
-from slideflow_ray.evaluate import evaluate, rule_of
+from slideflow_ray.evaluate import evaluate
 from slideflow_ray.metrics import bin_of, edge_of, resample_weights
 from slideflow_ray.results import Evaluation, read_evaluation
+from slideflow_ray.rules import rule_of
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tables import read_table
 
-FILES = ("operating_points.json", "confusion.json", "roc.parquet", "slides.parquet", "patients.parquet")
+FILES = (
+    "operating_points.json",
+    "confusion.json",
+    "roc.parquet",
+    "pr.parquet",
+    "reliability.parquet",
+    "slides.parquet",
+    "patients.parquet",
+    "confusion.parquet",
+)
 
 
 def cohort(folder, seed=0):
@@ -350,3 +360,235 @@ def test_a_patient_is_positive_when_a_slide_is_and_negative_when_all_are(tmp_pat
     assert rows["A"]["score_max"] == pytest.approx(best, rel=1e-6)
     one = result(found, "patient")
     assert (one.positives, one.negatives) == (1, 1)
+
+
+# rules, scores and tables
+
+
+def test_presets_cost_and_what_is_recorded(run):
+    out, slides = run
+    points = evaluate(out, rule="004", resamples=10).points
+    assert {p.rule for p in points} == {"004 (probability=0.8)"}
+    assert {p.threshold for p in points} == {float(edge_of(bin_of([math.log(4)]))[0])}
+    assert {p.threshold for p in evaluate(out, rule="003", resamples=10).points} == {0}
+    assert {(p.split, p.score) for p in points} == {("val", "margin"), ("val", "max")}
+    truth, margins = pooled(slides, "val")
+    (point,) = [p for p in evaluate(out, rule="cost=9", resamples=10).points if p.level == "tile"]
+    binned = edge_of(bin_of(margins))
+    costs = {t: 9 * (truth & (binned < t)).sum() + (~truth & (binned >= t)).sum() for t in np.unique(binned)}
+    assert point.threshold == max(t for t, cost in costs.items() if cost == min(costs.values()))
+    rarer = evaluate(out, rule="cost=9,prevalence=0.01", resamples=10).points
+    assert [p.threshold for p in rarer if p.level == "tile"] > [point.threshold]
+    for rule in ("cost", "cost=0", "cost=1,prevalence=2", "cost=1,share=0.1", "cost=1e99", "005", "004=1"):
+        with pytest.raises(ConfigError, match="no rule"):
+            rule_of(rule)
+
+
+def test_a_fixed_probability_needs_no_validation_and_says_that_none_has_tried_it(tmp_path):
+    slides = [s for s in cohort(tmp_path) if s.item.split != "val"]
+    found = evaluate(write_scored_run(tmp_path / "out", slides), rule="004", resamples=10)
+    assert {(p.split, p.positives, p.sensitivity) for p in found.points} == {("none", 0, None)}
+    assert sum("no validation has tried it" in note for note in found.notes) == 3
+    assert result(found).counts is not None
+
+
+@pytest.mark.parametrize("score", ["max", "top10", "area"])
+def test_slides_and_patients_are_judged_by_the_chosen_score(run, score):
+    out, slides = run
+    found = evaluate(out, slide_score=score, resamples=10)
+    by_slide = {
+        s.item.slide_id: {
+            "max": lambda z: z.max(),
+            "top10": lambda z: np.sort(z)[-10:].astype(np.float64).mean(),
+            "area": lambda z: (z >= 0).mean(),
+        }[score](s.margins[:, 1].astype(np.float32))
+        for s in slides
+    }
+    test = [s for s in slides if s.item.split == "test"]
+    truth = [s.item.label == "tumor" for s in test]
+    values = np.float32([by_slide[s.item.slide_id] for s in test])
+    one = result(found, "slide")
+    assert one.auc == pytest.approx(sk.roc_auc_score(truth, values))
+    assert one.average_precision == pytest.approx(sk.average_precision_score(truth, values))
+    (point,) = [p for p in found.points if p.level == "slide"]
+    assert (point.score, one.score, result(found).score) == (score, score, "margin")
+    assert (point.probability is None) == (one.auc_004 is None) == (score == "area")
+    rows = read_table(out / "slides.parquet")
+    assert [row["score"] for row in rows] == pytest.approx([by_slide[row["slide_id"]] for row in rows], rel=1e-6)
+    assert all(row["called"] == (row["score"] >= point.threshold) for row in rows)
+    tn, fp, fn, tp = sk.confusion_matrix(truth, values >= np.float32(point.threshold)).ravel()
+    assert one.counts == {"tp": tp, "fn": fn, "fp": fp, "tn": tn}
+    patients = {row["patient_id"]: row for row in read_table(out / "patients.parquet") if row["split"] == "test"}
+    assert patients["E0"]["score"] == pytest.approx(max(by_slide["e0"], by_slide["e6"]), rel=1e-6)
+
+
+def test_a_probability_is_no_rule_for_an_area_and_strange_scores_are_refused(run):
+    out, _ = run
+    found = evaluate(out, rule="004", slide_score="area", resamples=10)
+    assert {p.level for p in found.points} == {"tile"}
+    assert sum("fixes a probability, and area is none" in note for note in found.notes) == 2
+    with pytest.raises(ConfigError, match="no score of a slide"):
+        evaluate(out, slide_score="median")
+
+
+def test_curves_rates_and_matrices_are_scikit_learns(run):
+    out, slides = run
+    found = evaluate(out, resamples=10)
+    truth, margins = pooled(slides, "test")
+    one, called = result(found), margins >= np.float32(result(found).threshold)
+    expected = {
+        "accuracy": sk.accuracy_score(truth, called),
+        "balanced_accuracy": sk.balanced_accuracy_score(truth, called),
+        "kappa": sk.cohen_kappa_score(truth, called),
+        "ppv": sk.precision_score(truth, called),
+        "npv": sk.precision_score(~truth, ~called),
+        "f1": sk.f1_score(truth, called),
+    }
+    assert {name: one.rates[name] for name in expected} == pytest.approx(expected)
+    assert one.average_precision == pytest.approx(sk.average_precision_score(truth, margins))
+    assert np.array_equal(one.confusion.counts, sk.confusion_matrix(truth, called))
+    assert one.confusion.classes == ("normal", "tumor")
+    for name, normalize in (("by_true", "true"), ("by_total", "all")):
+        wanted = sk.confusion_matrix(truth, called, normalize=normalize)
+        assert np.array(getattr(one.confusion, name)) == pytest.approx(wanted)
+    record = json.loads((out / "confusion.json").read_text())
+    assert record["results"][1]["confusion"]["counts"] == one.model_dump(mode="json")["confusion"]["counts"]
+    of = {"level": "tile", "split": "test"}
+    rows = [r for r in read_table(out / "pr.parquet") if r.items() >= of.items()]
+    precision, recall, _ = sk.precision_recall_curve(truth, margins)
+    assert [r["precision"] for r in rows][::-1] == pytest.approx(precision[:-1])
+    assert [r["recall"] for r in rows][::-1] == pytest.approx(recall[:-1])
+    rows = [r for r in read_table(out / "roc.parquet") if r.items() >= of.items()]
+    fpr, tpr, _ = sk.roc_curve(truth, margins, drop_intermediate=False)
+    assert [r["fpr"] for r in rows] == pytest.approx(fpr[1:])
+    assert [r["tpr"] for r in rows] == pytest.approx(tpr[1:])
+
+
+def test_calibration_and_the_area_of_004(run):
+    from sklearn.calibration import calibration_curve
+
+    out, slides = run
+    found = evaluate(out, resamples=10)
+    for split in ("val", "test"):
+        truth, margins = pooled(slides, split)
+        p = (1 / (1 + np.exp(-margins.astype(np.float64)))).astype(np.float32)
+        observed, mean = calibration_curve(truth, p, n_bins=10)
+        rows = [r for r in read_table(out / "reliability.parquet") if (r["level"], r["split"]) == ("tile", split)]
+        full = [r for r in rows if r["cases"]]
+        assert [r["observed"] for r in full] == pytest.approx(observed)
+        assert [r["mean_probability"] for r in full] == pytest.approx(mean, abs=1e-7)
+        assert sum(r["cases"] for r in rows) == len(p)
+        error = np.average(np.abs(observed - mean), weights=[r["cases"] for r in full])
+        assert result(found, split=split).expected_calibration_error == pytest.approx(error, abs=1e-7)
+        at = [1, 0.99, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0]
+        area = np.trapezoid([(p[truth] >= t).mean() for t in at], [(p[~truth] >= t).mean() for t in at])
+        assert result(found, split=split).auc_004 == pytest.approx(area)
+
+
+def test_every_slide_has_its_confusion_and_rates(run):
+    out, slides = run
+    found = evaluate(out, resamples=10)
+    rows = read_table(out / "confusion.parquet")
+    total = sum(r["tiles"] for r in rows if r["split"] == "test")
+    assert total == sum(len(s.cells) for s in slides if s.item.split == "test")
+    cells = {(r["true"], r["called"]): 0 for r in rows}
+    for r in rows:
+        cells[r["true"], r["called"]] += r["tiles"] * (r["split"] == "test")
+    counts = result(found).counts
+    assert cells["tumor", "tumor"] == counts["tp"]
+    assert cells["normal", "tumor"] == counts["fp"]
+    row = next(r for r in read_table(out / "slides.parquet") if r["slide_id"] == "e0")
+    assert row["sensitivity"] == row["tp"] / (row["tp"] + row["fn"])
+    normal = next(r for r in read_table(out / "slides.parquet") if r["slide_id"] == "e1")
+    assert normal["sensitivity"] is None
+    assert normal["specificity"] == normal["tn"] / 117
+
+
+def test_slides_without_a_patient_are_their_own_and_it_is_said(tmp_path):
+    slides = []
+    for s in cohort(tmp_path):
+        patient = None if s.item.slide_id in ("e2", "e3") else s.item.patient_id
+        slides.append(Scored(s.item.model_copy(update={"patient_id": patient}), s.cells, s.margins, s.shape))
+    out = write_scored_run(tmp_path / "out", slides)
+    found = evaluate(out, resamples=10)
+    assert (result(found).patients, result(found).lone) == (6, 2)
+    assert "of 6 patients (2 of 6 are slides without patient_id))" in result(found).sentence
+    lone = [r["patient_id"] for r in read_table(out / "patients.parquet") if r["slide_without_patient"]]
+    assert lone == ["e2", "e3"]
+    assert [p.lone for p in found.points] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("keep", "margins", "note", "auc"),
+    [
+        ("tumor", None, "test, slide, tumor: no negatives among 4", None),
+        ("normal", None, "test, tile, tumor: no positives among 468", None),
+        ("", 0.0, "test, tile, tumor: all 936 scores are equal, which makes the AUC 0.5", 0.5),
+    ],
+)
+def test_what_is_not_defined_is_none_and_said(tmp_path, keep, margins, note, auc):
+    slides = []
+    for s in cohort(tmp_path):
+        if s.item.split != "test" or keep in s.item.label:
+            z = s.margins if margins is None else np.full(s.margins.shape, margins)
+            slides.append(Scored(s.item, s.cells, z, s.shape))
+    found = evaluate(write_scored_run(tmp_path / "out", slides), resamples=10)
+    assert any(note in text for text in found.notes)
+    assert result(found, note.split(", ")[1]).auc == auc
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_labels_by_fraction_leave_the_rim_out_and_it_is_recorded(run):
+    out, _ = run
+    by_centre, found = evaluate(out, resamples=10), evaluate(out, labels="fraction=0.9", resamples=10)
+    assert (by_centre.labels, found.labels) == ("centre", "fraction=0.9")
+    assert read_evaluation(out) == found
+    covered = [
+        [(max(0, min(80, 200 - 40 * c)) / 80) * (max(0, min(80, 300 - 40 * r)) / 80) for c in range(13)]
+        for r in range(9)
+    ]
+    assert result(found).positives == 4 * (np.array(covered) >= 0.9).sum()
+    assert result(found).negatives < result(by_centre).negatives
+    assert any("partly in a region, of no class" in note for note in found.notes)
+    for bad in ("fraction=2", "half", "centre=1"):
+        with pytest.raises(ConfigError):
+            evaluate(out, labels=bad)
+
+
+def test_annotated_area_outside_the_mask_is_reported(tmp_path):
+    mask = np.ones((8, 12), bool)
+    mask[:1] = False
+    out = write_scored_run(tmp_path / "out", cohort(tmp_path), tissue=mask)
+    found = evaluate(out, resamples=10)
+    row = {r["slide_id"]: r for r in read_table(out / "slides.parquet")}
+    whole, missed = 205 * 305, 205 * 305 - 200 * 250  # the annotation begins at -5, the tissue at y = 50
+    assert row["e0"]["annotated_um2"] == pytest.approx(whole / 16)
+    assert row["e0"]["missed_um2"] == pytest.approx(missed / 16)
+    assert row["e0"]["missed_share"] == pytest.approx(missed / whole)
+    assert row["e1"]["annotated_um2"] is None
+    assert any(f"({missed / whole:.1%}) of the annotated tumor lie outside" in note for note in found.notes)
+
+
+def test_an_annotated_slide_without_tissue_is_all_missed(tmp_path):
+    annotation = write_features(tmp_path / "glass.geojson", [box("Tumor", 0, 0, 100, 100)])
+    item = Item(slide_id="glass", uri="g", split="test", label="tumor", annotation=annotation)
+    glass = Scored(item, np.empty((0, 2), int), np.empty((0, 2)), (9, 13))
+    found = evaluate(write_scored_run(tmp_path / "out", [*cohort(tmp_path), glass]), resamples=10)
+    assert any("no tissue was found on 1 annotated slides, all is missed: glass" in note for note in found.notes)
+
+
+def test_tables_by_arg_max_have_shares_and_rates(tmp_path):
+    rng = np.random.default_rng(8)
+    made = [many(tmp_path, "classify", split, f"{split}{i}", rng) for split in ("val", "test") for i in range(2)]
+    found = evaluate(write_scored_run(tmp_path / "out", [s for s, _ in made], ("a", "b", "c")), resamples=10)
+    truth = np.concatenate([t for s, t in made if s.item.split == "test"])
+    called = np.concatenate([s.margins for s, _ in made if s.item.split == "test"]).astype(np.float32).argmax(axis=1)
+    (table,) = [t for t in found.tables if t.split == "test"]
+    assert np.array(table.by_true) == pytest.approx(sk.confusion_matrix(truth, called, normalize="true"))
+    assert np.array(table.by_total) == pytest.approx(sk.confusion_matrix(truth, called, normalize="all"))
+    assert table.macro_f1 == pytest.approx(sk.f1_score(truth, called, average="macro"))
+    recall = sk.recall_score(truth, called, average=None)
+    assert [table.by_class[name]["sensitivity"] for name in "abc"] == pytest.approx(recall)
+    rows = [r for r in read_table(tmp_path / "out" / "confusion.parquet") if r["by"] == "argmax"]
+    assert sum(r["tiles"] for r in rows if r["split"] == "test") == len(truth)
+    assert result(found, class_name="b").confusion.classes == ("not b", "b")

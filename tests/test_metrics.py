@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
@@ -308,3 +309,123 @@ def test_there_is_no_interval_where_it_would_mislead():
 def test_intervals_repeat_with_their_seed():
     pos, neg = ([m.Sparse.of(x) for x in side] for side in cohort(8))
     assert m.auc_interval(pos, neg, seed=1) == m.auc_interval(pos, neg, seed=1) != m.auc_interval(pos, neg, seed=2)
+
+
+# cost, calibration, 004's area
+
+
+def literal_costs(pos, neg, thresholds, cost, prevalence=None):
+    def one(t):
+        missed, alarms = (pos < t).sum(), (neg >= t).sum()
+        if prevalence is None:
+            return cost * missed + alarms
+        return cost * prevalence * missed / len(pos) + (1 - prevalence) * alarms / len(neg)
+
+    return {float(t): one(t) for t in thresholds}
+
+
+@pytest.mark.parametrize(
+    ("cost", "prevalence"), [("1", None), ("5", None), ("0.2", None), ("1/3", None), ("4", "0.02")]
+)
+def test_the_least_cost_is_the_least_of_all_thresholds(cost, prevalence):
+    rng = np.random.default_rng(11)
+    pos, neg = rng.normal(1, 1, 60).astype(np.float32), rng.normal(-1, 1, 300).astype(np.float32)
+    found = m.least_cost(cost, prevalence)(m.histogram(pos), m.histogram(neg))
+    bins = np.unique(m.bin_of(np.concatenate([pos, neg])))
+    thresholds = m.edge_of(np.r_[bins, bins.max() + 1])
+    number = float(Fraction(cost))
+    costs = literal_costs(pos, neg, thresholds, number, prevalence and float(prevalence))
+    least = min(costs.values())
+    assert found == max(t for t, c in costs.items() if c <= least * (1 + 1e-12))
+
+
+def test_cost_with_known_answers():
+    pos, neg = m.histogram([1.0, 3.0]), m.histogram([0.0, 2.0, 2.0])
+    assert m.least_cost("1")(pos, neg) == 3.0  # one missed; at 1.0 two alarms
+    assert m.least_cost("3")(pos, neg) == 1.0  # a miss costs 3, two alarms 2
+    assert m.least_cost("2")(pos, neg) == 3.0  # equal: the higher
+    above = m.least_cost("0.01", "0.01")(m.histogram([0.0]), m.histogram([0.0]))
+    assert 0 < above < 1e-30  # calling nothing
+    for bad in (("0", None), ("-1", None), ("1", "0"), ("1", "1")):
+        with pytest.raises(ValueError):
+            m.least_cost(*bad)
+    with pytest.raises(ValueError, match="both are needed"):
+        m.least_cost("1")(pos, m.histogram([]))
+
+
+def probabilities(rng, n=4000):
+    p = np.round(rng.beta(0.5, 0.7, n), 3).astype(np.float32)
+    return p, rng.uniform(size=n) < p**2
+
+
+def test_reliability_agrees_with_scikit_learn():
+    from sklearn.calibration import calibration_curve
+
+    p, truth = probabilities(np.random.default_rng(12))
+    p[:3] = (0.0, 1.0, np.float32(0.3))
+    table = m.Reliability.of(p[truth], p[~truth])
+    observed, mean = calibration_curve(truth, p, n_bins=10)
+    assert table.observed == pytest.approx(observed)
+    assert table.mean_probability == pytest.approx(mean, abs=1e-8)
+    share = table.total / len(p)
+    error = float(share @ np.abs(observed - mean))
+    assert table.expected_calibration_error == pytest.approx(error, abs=1e-8)
+    assert error > 0.05
+
+
+def test_reliability_adds_up_in_any_order_to_the_bit():
+    p, truth = probabilities(np.random.default_rng(13))
+    whole = m.Reliability.of(p[truth], p[~truth])
+    parts = [m.Reliability.of(p[i::7][truth[i::7]], p[i::7][~truth[i::7]]) for i in range(7)]
+    for order in (parts, parts[::-1]):
+        total = sum(order, m.Reliability.empty())
+        for name in ("positives", "total", "sums", "called"):
+            assert np.array_equal(getattr(total, name), getattr(whole, name))
+        assert total.expected_calibration_error == whole.expected_calibration_error
+    assert math.isnan(m.Reliability.empty().expected_calibration_error)
+    assert math.isnan(m.Reliability.empty().auc_004)
+
+
+def test_a_calibrated_and_a_wrong_table():
+    half = np.full(4, 0.5, np.float32)
+    assert m.Reliability.of(half, half).expected_calibration_error == 0
+    assert m.Reliability.of(np.zeros(0, np.float32), half).expected_calibration_error == 0.5
+    assert m.Reliability.of(np.ones(3, np.float32), np.zeros(3, np.float32)).expected_calibration_error == 0
+
+
+def test_the_area_of_004_is_the_trapezoid_over_its_thresholds():
+    p, truth = probabilities(np.random.default_rng(14))
+    thresholds = [1, 0.99, *(i / 10 for i in range(9, 0, -1)), 0.05, 0]
+    tpr = [(p[truth] >= np.float32(t)).mean() for t in thresholds]
+    fpr = [(p[~truth] >= np.float32(t)).mean() for t in thresholds]
+    area = sum((fpr[i + 1] - fpr[i]) * (tpr[i] + tpr[i + 1]) / 2 for i in range(len(thresholds) - 1))
+    found = m.Reliability.of(p[truth], p[~truth]).auc_004
+    assert found == pytest.approx(area)
+    assert found != pytest.approx(sk.roc_auc_score(truth, p), abs=1e-4)
+    # scores of 1 on both sides: the curve begins at (0.5, 0.5), and what lies left of it is lost
+    assert m.Reliability.of(np.float32([1, 0]), np.float32([1, 0])).auc_004 == pytest.approx(0.375)
+
+
+def test_exact_curves_are_scikit_learns():
+    rng = np.random.default_rng(15)
+    truth = rng.uniform(size=300) < 0.3
+    z = np.round(rng.normal(truth, 1), 2).astype(np.float32)
+    curve = m.exact_roc(z[truth], z[~truth])
+    fpr, tpr, thresholds = sk.roc_curve(truth, z, drop_intermediate=False)
+    assert np.array_equal(curve.thresholds, thresholds[1:].astype(np.float32))
+    assert curve.fpr == pytest.approx(fpr[1:])
+    assert curve.tpr == pytest.approx(tpr[1:])
+    precision, recall, _ = sk.precision_recall_curve(truth, z)
+    assert curve.precision[::-1] == pytest.approx(precision[:-1])
+    assert curve.tpr[::-1] == pytest.approx(recall[:-1])
+    assert curve.average_precision == pytest.approx(sk.average_precision_score(truth, z))
+    assert math.isnan(m.exact_roc(z[:0], z).average_precision)
+    assert m.exact_roc(z, z[:0]).average_precision == pytest.approx(1)
+
+
+def test_counts_have_kappa():
+    counts = m.Counts(tp=20, fn=5, fp=10, tn=65)
+    truth = [1] * 25 + [0] * 75
+    called = [1] * 20 + [0] * 5 + [1] * 10 + [0] * 65
+    assert counts.kappa == pytest.approx(sk.cohen_kappa_score(truth, called))
+    assert math.isnan(m.Counts(tn=5).kappa)
