@@ -16,7 +16,6 @@ anything else                         openslide
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,26 +58,17 @@ def _openers(path: Path) -> list[tuple[str, Opener]]:
     if path.is_dir() and _of_dicom(path):
         return [("openslide", _openslide)]
     kind = check_file(path)
-    if kind == "tiff" and _is_deep(path):
-        return [("tifffile", _image)]
     if kind == "tiff":
+        from slideflow_ray.slides.image import is_deep
+
+        if is_deep(path):
+            return [("tifffile", _image)]
         return [("tiffslide", _tiff), ("openslide", _openslide), ("tifffile", _image)]
     if kind == "zip":
         return [("zarr", _omezarr)]
     if kind in ("png", "jpeg") and not (path.with_suffix("") / "Slidedat.ini").exists():
         return [("image", _image)]
     return [("openslide", _openslide)]
-
-
-def _is_deep(path: Path) -> bool:
-    """Return whether a TIFF has 16 bits a channel: the libraries for slides cut off the lower eight without a word."""
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(path) as file:
-            return int(file.pages.first.bitspersample) == 16
-    except (tifffile.TiffFileError, ValueError, OSError, AttributeError, IndexError, struct.error):
-        return False
 
 
 def is_zarr(folder: Path) -> bool:

@@ -128,6 +128,17 @@ def _percentiles(pixels: Raw) -> tuple[int, int]:
 # headers
 
 
+def is_deep(path: Path) -> bool:
+    """Return whether a TIFF has 16 bits a channel: the libraries for slides cut off the lower eight without a word."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            return int(file.pages.first.bitspersample) == 16
+    except (tifffile.TiffFileError, ValueError, OSError, AttributeError, IndexError, struct.error):
+        return False
+
+
 def _header(uri: str, path: Path, kind: Kind) -> tuple[tuple[int, int], tuple[object, object]]:
     """Return an image's size and its um per pixel along x and y (None where it does not say); decodes nothing."""
     if kind == "tiff":
