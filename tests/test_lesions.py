@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from scipy import ndimage
 from scored import MPP0, SIDE_PX0, STEP_PX0, Scored, box, cells_of, write_features, write_scored_run
 from sklearn import metrics as sk
 
+from slideflow_ray import cli
 from slideflow_ray.annotations import even_odd
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
@@ -441,8 +440,11 @@ def test_without_tumour_or_labels_there_are_notes_and_no_numbers(tmp_path):
         camelyon16(tmp_path / "none")
 
 
-def test_the_command_line_writes_it(run):
-    command = [sys.executable, "-m", "slideflow_ray.cli", "evaluate", str(run), "--camelyon16", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["camelyon16"] == json.loads((run / "froc.json").read_text())
+def test_the_command_line_writes_it(run, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["evaluate", str(run), "--camelyon16", "--json", "--slide-score", "top10", "--labels", "fraction=0.5"])
+    assert end.value.code == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["camelyon16"] == json.loads((run / "froc.json").read_text())
+    assert {point["score"] for point in said["points"]} == {"margin", "top10"}
+    assert said["labels"] == "fraction=0.5"
