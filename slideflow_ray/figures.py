@@ -107,7 +107,7 @@ def distribution(model: str, name: str, point: OperatingPoint | None, curves: Ro
         "positives": _outline(sides["tp"] / highest),
         "negatives": _outline(sides["fp"] / highest),
         "highest": highest,
-        "threshold": None if point is None else 100 * point.probability,
+        "threshold": None if point is None or point.probability is None else 100 * point.probability,
     }
 
 
