@@ -111,6 +111,20 @@ def distribution(model: str, name: str, point: OperatingPoint | None, curves: Ro
     }
 
 
+def reliability(name: str, result: Result | None, rows: Rows) -> dict[str, Any] | None:
+    """Return what came true against what was said, by tenth, for tiles on test: points, sized by their cases."""
+    mine = [r for r in rows if (r["class"], r["level"], r["split"]) == (name, "tile", JUDGED) and r["cases"]]
+    if not mine or result is None:
+        return None
+    most = max(row["cases"] for row in mine)
+    points = [
+        (100 * row["mean_probability"], 100 - 100 * row["observed"], 1 + 2.4 * (row["cases"] / most) ** 0.5)
+        for row in mine
+    ]
+    path = "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y, _ in points)
+    return {"class_name": name, "points": points, "path": path, "error": result.expected_calibration_error}
+
+
 def _outline(heights: np.ndarray[Any, Any]) -> str:
     step = 100 / len(heights)
     path = ["M0 100"]

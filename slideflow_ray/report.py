@@ -25,7 +25,7 @@ from slideflow_ray import accounting, aggregate, storage
 from slideflow_ray.annotations import class_of, read_annotation, rings_px0
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError, as_slideflow_error
-from slideflow_ray.figures import distribution, pr_figure, roc_figure
+from slideflow_ray.figures import Rows, distribution, pr_figure, reliability, roc_figure
 from slideflow_ray.metrics import Confusion, Interval
 from slideflow_ray.packs import UNSCALED
 from slideflow_ray.planes import objects_node, read_areas, read_objects
@@ -109,9 +109,7 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
     """Return what the template shows."""
     record = accounting.read_run(out)
     found = read_evaluation(out)
-    tables = (
-        {name: _table(out / f"{name}.parquet") for name in ("slides", "roc")} if found else {"slides": [], "roc": []}
-    )
+    tables = {name: _table(out / f"{name}.parquet") if found else [] for name in ("slides", "roc", "reliability")}
     items = [Item.parse(row, "run.json") for row in record["items"]]
     done = _chosen(items, record)
     sheet = [small for item in done[cards : cards + SHEET] if (small := _small(out, item, record))]
@@ -125,11 +123,12 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "no_tissue": [s for s, o in record["outcomes"].items() if o.get("outcome") == "no_tissue"],
         "evaluated": found is not None,
         "notes": found.notes if found else (),
-        "models": [_model(m, found or Evaluation(), tables["roc"]) for m in record["models"]],
+        "models": [_model(m, found or Evaluation(), tables) for m in record["models"]],
         "settings": _settings(record),
         "slides": sorted(tables["slides"], key=lambda row: _ORDER[row["split"]])[:ROWS],
         "slides_left": max(0, len(tables["slides"]) - ROWS),
         "probability": _probability,
+        "lesions": storage.read_json(out / "froc.json"),
         "quality": read_quality(out, record["outcomes"], ROWS),
         "blurred": BLURRED,
         "cards": [card(out, item, record, found or Evaluation()) for item in done[:cards]],
@@ -193,8 +192,11 @@ def _reads(model: Mapping[str, Any]) -> str:
 # a model
 
 
-def _model(model: Mapping[str, Any], found: Evaluation, curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    results = [r for r in found.results if r.model == model["node"]]
+def _model(model: Mapping[str, Any], found: Evaluation, tables: Mapping[str, Rows]) -> dict[str, Any]:
+    curves = tables["roc"]
+    calibration = [row for row in tables["reliability"] if row["model"] == model["node"]]
+    by_tile = {r.class_name: r for r in results_of(found, model) if (r.level, r.split) == ("tile", JUDGED)}
+    results = results_of(found, model)
     points = {(p.level, p.class_name): p for p in found.points if p.model == model["node"]}
     headline = found.headline(model["node"])
     names = list(dict.fromkeys(r.class_name for r in results))
@@ -208,11 +210,17 @@ def _model(model: Mapping[str, Any], found: Evaluation, curves: Sequence[Mapping
         "points": list(points.values()),
         "rocs": [roc_figure(model["node"], name, results, points, curves) for name in names],
         "prs": [pr_figure(model["node"], name, results, points, curves) for name in names],
+        "reliabilities": [d for name in names if (d := reliability(name, by_tile.get(name), calibration))],
         "distributions": [
             drawn for name in names if (drawn := distribution(model["node"], name, points.get(("tile", name)), curves))
         ],
         "confusions": list(_confusions(model, results, found.tables)),
     }
+
+
+def results_of(found: Evaluation, model: Mapping[str, Any]) -> list[Result]:
+    """Return the results of one model."""
+    return [r for r in found.results if r.model == model["node"]]
 
 
 def _overall(node: str, results: Sequence[Result], tables: Sequence[Table]) -> dict[str, Any] | None:
