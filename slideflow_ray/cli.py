@@ -282,6 +282,35 @@ def report(out: OutArgument) -> None:
     typer.echo(write_report(out))
 
 
+class ExportName(StrEnum):
+    """What results are written as."""
+
+    geojson = "geojson"
+    parquet = "parquet"
+    csv = "csv"
+    ome_zarr = "ome-zarr"
+    ome_tiff = "ome-tiff"
+    crops = "crops"
+
+
+@app.command()
+def export(
+    out: OutArgument,
+    to: Annotated[ExportName, typer.Option(help="QuPath's GeoJSON, tables, pictures, or a JPEG for each object.")],
+    slide: Annotated[list[str] | None, typer.Option(help="Only this slide_id; may be repeated.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Only this model's name; may be repeated.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where to; default: the run's own folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write results as files that QuPath, R, pandas and viewers open."""
+    from slideflow_ray.export import export as export_
+
+    found = export_(out, to.value, slides=slide or (), models=model or (), folder=folder)
+    for note in found.notes:
+        typer.echo(note, err=True)
+    typer.echo(json.dumps(found.to_json()) if as_json else "\n".join(map(str, found.files)))
+
+
 @app.command()
 def train(
     cohort: Annotated[Path, typer.Option(help="cohort.csv with split, and label or annotation.")],

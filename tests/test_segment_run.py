@@ -51,12 +51,12 @@ def made(tmp_path_factory) -> Path:
     write_colours(folder)
     write_discs(folder / "a.tif", SIZE, DISCS)
     rng = np.random.default_rng(1)
-    for name, n in (("b", 9), ("c", 14), ("d", 11)):
-        places = [(x, y) for x in range(60, 840, 120) for y in range(60, 600, 120)]
+    for name, n in (("b", 9), ("c", 12), ("d", 10)):
+        places = [(x, y) for x in range(60, 600, 120) for y in range(60, 400, 120)]
         picked = rng.permutation(len(places))[:n]
         colours = rng.choice(CLASSES[1:], n)
         discs = [(c, *map(float, places[i]), float(rng.uniform(15, 45))) for c, i in zip(colours, picked, strict=True)]
-        write_discs(folder / f"{name}.tif", (881, 640), discs)
+        write_discs(folder / f"{name}.tif", (641, 430), discs)
     write_discs(folder / "none.tif", (300, 200), [])
     (folder / "cohort.csv").write_text("slide_id,uri,modality\n" + "".join(f"{s},{s}.tif,tem\n" for s in "abcd"))
     for seed, (name, whole) in enumerate([("tiles", None), ("kinds", "squash"), ("fixed", None)]):
