@@ -4,7 +4,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/uv/bin/uv)
 BIN := .venv/bin
 PYTHON ?= python3
 
-.PHONY: setup demo test lint format lock wheel clean
+.PHONY: setup demo test lint bench format lock wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make demo    phantom slides -> training -> scores -> report (five minutes at most)"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make bench   what is claimed about speed, files and memory (ten minutes)"
 
 setup: .venv/.done
 
@@ -32,6 +33,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/end_to_end.py --ray
+	$(BIN)/python benchmarks/aggregate.py --tiles 100000000
+	$(BIN)/python benchmarks/crops.py
+	$(BIN)/python benchmarks/evaluate.py
 
 format: setup
 	$(BIN)/ruff check --fix .
