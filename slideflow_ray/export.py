@@ -47,13 +47,17 @@ JPEG_QUALITY = 92
 
 @dataclass(frozen=True)
 class Scored:
-    """One model's results on one grid of one slide. `item` of the cohort, `model` of run.json with its settings."""
+    """One model's results on one grid of one slide. `item` of the cohort, `model` of run.json with its settings.
+
+    `point` are its operating points by tile, by class; `labels` the rule by which tiles were labelled.
+    """
 
     store: SlideStore
     item: Item
     grid: str
     model: Mapping[str, Any]
     point: Mapping[str, OperatingPoint]
+    labels: str = ""
 
     @property
     def node(self) -> str:
@@ -154,8 +158,13 @@ def _check_known(record: Mapping[str, Any], slides: Sequence[str], models: Seque
 
 
 def _models(record: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
-    pairs = zip(record["models"], record["spec"]["model"], strict=True)
-    return [{**model, "spec": spec} for model, spec in pairs if not names or model["name"] in names]
+    """The run's models with their settings, and the folder of each: its name, or its node where names repeat."""
+    all_names = [model["name"] for model in record["models"]]
+    return [
+        {**model, "spec": spec, "folder": model["name"] if all_names.count(model["name"]) == 1 else model["node"]}
+        for model, spec in zip(record["models"], record["spec"]["model"], strict=True)
+        if not names or model["name"] in names
+    ]
 
 
 def _scored(out: Path, record: Mapping[str, Any], slides: Sequence[str], models: Sequence[str]) -> Iterator[Scored]:
@@ -174,11 +183,12 @@ def _scored(out: Path, record: Mapping[str, Any], slides: Sequence[str], models:
                 grid = node.split("/")[1]
                 if node.endswith(f"/{model['node']}") and (laid is None or grid in laid):
                     mine = {p.class_name: p for p in points if (p.model, p.level) == (model["node"], "tile")}
-                    yield Scored(store, item, grid, model, mine)
+                    rule = evaluation.labels.partition("=")[0] if evaluation else ""
+                    yield Scored(store, item, grid, model, mine, rule)
 
 
 def _target(scored: Scored, folder: Path, what: str, ending: str) -> Path:
-    path = folder / what / str(scored.model["name"]) / f"{folder_name(scored.item.slide_id)}{ending}"
+    path = folder / what / str(scored.model["folder"]) / f"{folder_name(scored.item.slide_id)}{ending}"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -210,7 +220,8 @@ def _labels(scored: Scored, n: int) -> list[str | None]:
     nodes = [
         node
         for node in scored.store.nodes(f"labels/{scored.grid}")
-        if scored.store.node_attrs(node)["determines"]["classes"] == scored.classes
+        if node.startswith(f"labels/{scored.grid}/{scored.labels}")
+        and scored.store.node_attrs(node)["determines"]["classes"] == scored.classes
     ]
     if not nodes or scored.model["task"] != "classify":
         return [None] * n
@@ -261,7 +272,7 @@ def _images(
         if not rows:
             continue
         columns = {name: kind for name, kind in _columns(model["classes"]).items() if name not in CORNERS}
-        path = folder / "tiles" / model["name"] / f"images.{to}"
+        path = folder / "tiles" / model["folder"] / f"images.{to}"
         path.parent.mkdir(parents=True, exist_ok=True)
         if to == "parquet":
             write_table(path, columns, rows)

@@ -334,3 +334,13 @@ def test_breakhis_end_to_end_adds_up(data, tmp_path):
     assert judged["counts"] == {"tp": tp, "fn": fn, "fp": fp, "tn": tn}
     assert judged["rates"]["kappa"] == pytest.approx(sk.cohen_kappa_score(truth, called))
     assert read_card(tmp_path / "bundle").classes == ("benign", "malignant")
+
+
+def test_models_of_one_name_do_not_overwrite_each_other(scored, tmp_path):
+    record = json.loads((scored / "run.json").read_text())
+    from slideflow_ray.export import _models
+
+    twice = record | {"models": [record["models"][0] | {"node": n} for n in ("fake-a", "fake-b")]}
+    twice["spec"] = record["spec"] | {"model": record["spec"]["model"] * 2}
+    assert [model["folder"] for model in _models(twice, [])] == ["fake-a", "fake-b"]
+    assert [model["folder"] for model in _models(record, [])] == ["fake"]
