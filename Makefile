@@ -26,8 +26,9 @@ setup: .venv/.done
 demo: setup
 	$(BIN)/slideflow-ray demo --out demo-out
 
+# Two processes; the tests of one file stay together, and so do all that share the local Ray (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,6 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests, and all tests of the one local Ray, in one process when there are several.
+
+    What needs Ray comes first: it takes longest, and the other process meanwhile does the rest.
+    """
+
+    def uses_ray(item: pytest.Item) -> bool:
+        return "local_ray" in getattr(item, "fixturenames", ())
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if uses_ray(item) else item.path.stem))
+    items.sort(key=lambda item: not uses_ray(item))
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real slides, or skip."""
