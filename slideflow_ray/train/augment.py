@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,15 @@ import torch
 from torchvision.transforms import v2
 
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.train.spec import AugmentSpec
+
+Pixels = npt.NDArray[np.uint8]
+
+RUIFROK = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+"""Optical density of haematoxylin, eosin and a residual (DAB) in red, green and blue.
+
+Ruifrok and Johnston, Anal. Quant. Cytol. Histol. 23 (2001) 291-299.
+"""
 
 
 def seed_of(seed: int, epoch: int, what: str) -> int:
@@ -18,30 +28,76 @@ def seed_of(seed: int, epoch: int, what: str) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-def augmentation() -> v2.Transform:
-    """Return the transform of one tile: flips, quarter turns, brightness, contrast, saturation, hue, slight noise.
+def augmentation(spec: AugmentSpec | None = None) -> v2.Transform | None:
+    """Return the transform of one tile that `spec` asks for, None where it changes nothing; mixup is `mix`'s.
 
-    Input and output are uint8, shape (3, T, T). Hue costs six times the rest, so a quarter of the tiles get it.
-    It draws from torch's global generator, which `augment` seeds.
+    Input and output are uint8, shape (3, T, T). Hue costs six times the rest, so a quarter of the tiles get it;
+    so many get noise and stain jitter too. It draws from torch's global generator, which `augment` seeds.
     """
-    turns = [v2.Lambda(partial(_turn, quarters)) for quarters in range(4)]
-    return v2.Compose(
-        [
-            v2.RandomHorizontalFlip(),
-            v2.RandomVerticalFlip(),
-            v2.RandomChoice(turns),
-            v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-            v2.RandomApply([v2.ColorJitter(hue=0.04)], p=0.25),
-            v2.RandomApply([v2.GaussianNoise(sigma=0.02)], p=0.25),
-        ]
-    )
+    spec = spec or AugmentSpec()
+    steps = [*_geometry(spec), *_colour(spec)]
+    return v2.Compose(steps) if steps else None
+
+
+def _geometry(spec: AugmentSpec) -> list[Any]:
+    steps: list[Any] = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()] if spec.flip else []
+    if spec.turn:
+        steps.append(v2.RandomChoice([v2.Lambda(partial(_turn, quarters)) for quarters in range(4)]))
+    if spec.rotate_deg or spec.shift or spec.zoom:
+        shift = (spec.shift / 2, spec.shift / 2) if spec.shift else None  # a share of what is moved, twice as wide
+        zoom = (1 - spec.zoom, 1 + spec.zoom) if spec.zoom else None
+        move = v2.RandomAffine(spec.rotate_deg, shift, zoom, interpolation=v2.InterpolationMode.BILINEAR)
+        steps.append(v2.Lambda(partial(_move, move)))
+    return steps
+
+
+def _colour(spec: AugmentSpec) -> list[Any]:
+    steps: list[Any] = []
+    if spec.brightness or spec.contrast or spec.saturation:
+        steps.append(v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation))
+    if spec.hue:
+        steps.append(v2.RandomApply([v2.ColorJitter(hue=spec.hue)], p=0.25))
+    if spec.stain:
+        steps.append(v2.RandomApply([v2.Lambda(partial(jitter_stain, spec.stain))], p=0.25))
+    if spec.noise:
+        steps.append(v2.RandomApply([v2.Lambda(partial(_grain, spec.noise))], p=0.25))
+    return steps
 
 
 def _turn(quarters: int, tile: torch.Tensor) -> torch.Tensor:
     return torch.rot90(tile, quarters, (-2, -1))
 
 
-def augment(pixels: npt.NDArray[np.uint8], transform: v2.Transform, seed: int) -> npt.NDArray[np.uint8]:
+def _move(move: v2.Transform, tile: torch.Tensor) -> torch.Tensor:
+    """Move a tile within its own mirror images, so that nothing black comes in from outside."""
+    side = tile.shape[-1]
+    wide = v2.functional.pad(tile, [side // 2] * 4, padding_mode="reflect")
+    moved: torch.Tensor = v2.functional.center_crop(move(wide), [side, side])
+    return moved
+
+
+def _grain(most: float, tile: torch.Tensor) -> torch.Tensor:
+    sigma = 255 * most * float(torch.rand(()))
+    return (tile + sigma * torch.randn(tile.shape)).round().clamp(0, 255).to(torch.uint8)
+
+
+def jitter_stain(sigma: float, tile: torch.Tensor) -> torch.Tensor:
+    """Return a tile, uint8 (3, T, T), whose stains are each a little stronger or weaker.
+
+    Optical density is split by Ruifrok's vectors into three strengths c, each of which becomes c (1 + a) + b with a
+    and b drawn from N(0, sigma) and N(0, sigma / 10), as HED-light does (Tellez et al. 2019, after their 2018
+    paper in IEEE Trans. Med. Imaging 37, 2126).
+    """
+    vectors = torch.nn.functional.normalize(torch.tensor(RUIFROK), dim=1)
+    factor = 1 + sigma * torch.randn(3)
+    offset = sigma / 10 * torch.randn(3)
+    density = -torch.log(tile.float().clamp(min=1) / 255).reshape(3, -1)
+    strength = torch.linalg.solve(vectors.T, density)
+    changed = vectors.T @ (strength * factor[:, None] + offset[:, None])
+    return (255 * torch.exp(-changed)).round().clamp(0, 255).to(torch.uint8).reshape(tile.shape)
+
+
+def augment(pixels: Pixels, transform: v2.Transform, seed: int) -> Pixels:
     """Return each tile changed by its own draw; the same `seed` gives the same tiles.
 
     pixels : uint8, shape (n, T, T, 3), left as they are; returns the same shape and dtype
@@ -54,5 +110,24 @@ def augment(pixels: npt.NDArray[np.uint8], transform: v2.Transform, seed: int) -
         torch.manual_seed(seed)
         tiles = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
         changed = torch.stack([transform(tile) for tile in tiles])
-    out: npt.NDArray[np.uint8] = changed.permute(0, 2, 3, 1).contiguous().numpy()
+    out: Pixels = changed.permute(0, 2, 3, 1).contiguous().numpy()
     return out
+
+
+def mix(pixels: Pixels, kinds: npt.NDArray[Any], alpha: float, seed: int) -> Pixels:
+    """Return each tile mixed with another of its kind in the batch: l x + (1 - l) y with l from Beta(alpha, alpha).
+
+    pixels : uint8 (n, T, T, 3); kinds : (n,) or (n, k), equal rows may be mixed (class, and stain). Labels stay as
+    they are, for both tiles have the same. A tile that is alone of its kind stays as it is. (Source
+    001, "mixup between two random images of the same class".)
+    """
+    rng = np.random.default_rng(seed)
+    share = rng.beta(alpha, alpha, len(pixels)).astype(np.float32)
+    partner = np.arange(len(pixels))
+    _, kind = np.unique(kinds, axis=0, return_inverse=True)
+    for one in range(kind.max(initial=-1) + 1):
+        rows = np.flatnonzero(kind.ravel() == one)
+        partner[rows] = rng.permutation(rows)
+    share = share[:, None, None, None]
+    mixed = share * pixels + (1 - share) * pixels[partner]
+    return np.rint(mixed).astype(np.uint8)

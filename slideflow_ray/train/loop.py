@@ -1,4 +1,4 @@
-"""The training loop: epochs that can be run one by one (by `fit`, or by Ray Train) and give the same weights again.
+"""The training loop: epochs that can be run one by one, alone or by several workers, and give the same weights again.
 
 An epoch depends on the weights, the optimiser, the seed and its own number, and on nothing else: no scheduler
 and no generator carries state from one to the next, so a worker that dies repeats its epoch exactly.
@@ -7,17 +7,17 @@ and no generator carries state from one to the next, so a worker that dies repea
 from __future__ import annotations
 
 import math
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from pydantic import Field, JsonValue
 from torch import nn
 
 from slideflow_ray.errors import BundleError, ConfigError, NanScore
@@ -26,59 +26,15 @@ from slideflow_ray.models.networks import build, find_head
 from slideflow_ray.models.scorer import settle_gpu, to_margins
 from slideflow_ray.prepare import to_input
 from slideflow_ray.profile import has_bf16
-from slideflow_ray.specs import Positive, Precision, Spec
-from slideflow_ray.train.augment import augment, augmentation, seed_of
+from slideflow_ray.train.augment import seed_of
+from slideflow_ray.train.crew import ALONE, Crew
+from slideflow_ray.train.freeze import drop_before_head, freeze, trainable
+from slideflow_ray.train.spec import TrainSpec
+from slideflow_ray.train.tiles import LabelledSource, TileSource
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[Any]
 State = dict[str, torch.Tensor]
-
-
-class TileSource(Protocol):
-    """Tiles with labels, in batches; `len` is the number of tiles.
-
-    `batches` yields uint8 (b, T, T, 3) with int64 (b,) class indices (classify) or float (b, K) of 0 and 1,
-    where a negative or NaN entry means unknown (multilabel). Equal arguments give equal batches; training
-    asks for every epoch in another order, validation always for epoch 0.
-    """
-
-    def batches(self, epoch: int, batch_size: int, seed: int) -> Iterator[tuple[Pixels, Labels]]: ...
-
-    def __len__(self) -> int: ...
-
-
-@runtime_checkable
-class LabelledSource(TileSource, Protocol):
-    """A source that knows its labels without reading a tile, which spares `fit` one pass for counting."""
-
-    def labels(self) -> Labels: ...
-
-
-class TrainSpec(Spec):
-    """How a network is trained.
-
-    `device` "auto" takes a GPU where there is one; `threads` 0 leaves torch's choice. `precision` "auto" is bf16
-    autocast where the hardware has bf16 (ResNet-18 trains 2.3 to 3.6 times as fast on such a CPU), else fp32;
-    weights and optimiser stay in fp32 either way.
-    """
-
-    architecture: str = "small-cnn"
-    arguments: dict[str, JsonValue] = Field(default={})
-    epochs: Annotated[int, Field(ge=1)] = 10
-    batch_size: Annotated[int, Field(ge=2)] = 32
-    lr: Positive = 1e-3
-    optimiser: Literal["sgd", "rmsprop", "adam", "adamw"] = "adamw"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    schedule: Literal["none", "cosine", "multistep", "onecycle"] = "cosine"
-    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    class_weights: Literal["balanced", "none"] = "balanced"
-    augment: bool = True
-    seed: Annotated[int, Field(ge=0)] = 0
-    threads: Annotated[int, Field(ge=0)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -92,12 +48,19 @@ class Validation:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch did; epochs count from 0, `lr` is that of its last step, `val` is None without a val source."""
+    """What one epoch did; epochs count from 0, `lr` is that of its last step, `val` is None without a val source.
+
+    `train_accuracy` is of the tiles as they were shown, augmented and while the network learnt; `tiles` were shown in
+    `seconds`, by all workers together.
+    """
 
     epoch: int
     train_loss: float
     lr: float
     val: Validation | None
+    train_accuracy: float = math.nan
+    tiles: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -108,6 +71,17 @@ class Trained:
     state_dict: State
     history: tuple[EpochResult, ...]
     best_epoch: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands after an epoch: all that the next one needs, and the best weights so far."""
+
+    history: tuple[EpochResult, ...]
+    best_epoch: int
+    best: State
+    net: State
+    optimiser: dict[str, Any]
 
 
 @dataclass
@@ -121,9 +95,11 @@ class Trainer:
     weights: torch.Tensor | None
     device: torch.device
     bf16: bool
+    crew: Crew = ALONE
 
 
 Listen = Callable[[EpochResult], None]
+Save = Callable[[Progress], None]
 
 
 def fit(
@@ -134,40 +110,72 @@ def fit(
     listen: Listen | None = None,
     *,
     start: Mapping[str, torch.Tensor] | None = None,
+    crew: Crew = ALONE,
+    saved: Progress | None = None,
+    save: Save | None = None,
 ) -> Trained:
     """Train a network and return the weights of its epoch of lowest validation loss (of its last without `val`).
 
-    On one machine with the same threads, the same arguments give the same bytes. `start` holds weights to
+    On one machine with the same threads and workers, the same arguments give the same bytes, whether the training
+    runs through or goes on from `saved`, which `save` was given after an epoch. `start` holds weights to
     begin with (see `new_trainer`). Raises ConfigError when a class has no tiles or the spec contradicts
     the card, NanScore when the loss is no number any more.
     """
     with reproducible(spec.seed, spec.threads):
-        trainer = new_trainer(card, spec, count_labels(card, train, spec), start)
-        best: tuple[float, int, State] = (math.inf, -1, {})
-        history: list[EpochResult] = []
-        for epoch in range(spec.epochs):
-            result = run_epoch(trainer, train, val, epoch)
-            history.append(result)
-            loss = result.val.loss if result.val else -epoch
-            if loss < best[0]:
-                best = (loss, epoch, snapshot(trainer.net))
+        trainer = new_trainer(card, spec, count_labels(card, train, spec), start, crew)
+        if saved:
+            resume(trainer, saved)
+        history = list(saved.history if saved else ())
+        best_epoch, best = (saved.best_epoch, saved.best) if saved else (-1, {})
+        while not is_over(spec, history):
+            history.append(run_epoch(trainer, train, val, len(history)))
+            if best_of(history) == len(history) - 1:
+                best_epoch, best = len(history) - 1, snapshot(trainer.net)
+            if save:
+                save(Progress(tuple(history), best_epoch, best, snapshot(trainer.net), trainer.optimiser.state_dict()))
             if listen:
-                listen(result)
-    return Trained(card, best[2], tuple(history), best[1])
+                listen(history[-1])
+    return Trained(card, best, tuple(history), best_epoch)
+
+
+def best_of(history: list[EpochResult]) -> int:
+    """Return the epoch of lowest validation loss, the earlier of equals; the last one without validation."""
+    losses = [result.val.loss if result.val else -result.epoch for result in history]
+    return losses.index(min(losses))
+
+
+def is_over(spec: TrainSpec, history: list[EpochResult]) -> bool:
+    """Return whether all epochs are done, or `patience` of them have brought no lower validation loss."""
+    if len(history) >= spec.epochs:
+        return True
+    return bool(spec.patience and history and len(history) - 1 - best_of(history) >= spec.patience)
+
+
+def resume(trainer: Trainer, saved: Progress) -> None:
+    """Put a trainer where `saved` stood."""
+    trainer.net.load_state_dict(saved.net)
+    groups = trainer.optimiser.state_dict()["param_groups"]
+    trainer.optimiser.load_state_dict({"state": saved.optimiser["state"], "param_groups": groups})
 
 
 def new_trainer(
-    card: BundleCard, spec: TrainSpec, counts: npt.NDArray[np.int64], start: Mapping[str, torch.Tensor] | None = None
+    card: BundleCard,
+    spec: TrainSpec,
+    counts: npt.NDArray[np.int64],
+    start: Mapping[str, torch.Tensor] | None = None,
+    crew: Crew = ALONE,
 ) -> Trainer:
     """Return a trainer with a new network, random by `spec.seed`.
 
     counts : int64, shape (2, n_classes), tiles with and without each class (see `count_labels`)
     start : a state dict to begin with; its head is left out where the number of classes differs
 
-    Raises ConfigError when `spec` and `card` name different networks or `start` does not fit.
+    Raises ConfigError when `spec` and `card` name different networks, `start` does not fit, or the batch cannot
+    be shared by the crew.
     """
     if (card.architecture, card.arguments) != (spec.architecture, spec.arguments):
         raise ConfigError(f"The card says {card.architecture} {card.arguments}, the training {spec.architecture}.")
+    crew.share_of(spec.batch_size)
     device = _device(spec)
     if device.type == "cuda":
         settle_gpu()
@@ -176,55 +184,72 @@ def new_trainer(
         net = build(card.architecture, card.arguments, card.n_classes, card.channels)
     if start is not None:
         _begin_with(net, start, card)
+    drop_before_head(net, card.n_classes, spec.dropout)
     net.to(device).to(memory_format=torch.channels_last)
     weights = _class_weights(card, spec, counts)
     if weights is not None:
         weights = weights.to(device)
-    return Trainer(card, spec, net, _optimiser(spec, net), weights, device, _bf16(card, spec, device))
+    return Trainer(card, spec, net, _optimiser(spec, net), weights, device, _bf16(card, spec, device), crew)
 
 
 def run_epoch(trainer: Trainer, train: TileSource, val: TileSource | None, epoch: int) -> EpochResult:
-    """Train one epoch, validate, and return the result: the unit that Ray Train repeats after a fault."""
-    loss = train_epoch(trainer, train, epoch)
-    return EpochResult(epoch, loss, trainer.optimiser.param_groups[0]["lr"], validate(trainer, val) if val else None)
+    """Train one epoch, validate, and return the result: the unit that is repeated after a fault."""
+    began = time.monotonic()
+    found, accuracy, tiles = train_epoch(trainer, train, epoch)
+    seconds = time.monotonic() - began
+    lr = trainer.optimiser.param_groups[0]["lr"]
+    return EpochResult(epoch, found, lr, validate(trainer, val) if val else None, accuracy, tiles, seconds)
 
 
-def train_epoch(trainer: Trainer, source: TileSource, epoch: int) -> float:
-    """Run one epoch of steps and return the mean loss per tile. Raises NanScore when the loss is not finite.
+def train_epoch(trainer: Trainer, source: TileSource, epoch: int) -> tuple[float, float, int]:
+    """Run one epoch of steps; return the mean loss and accuracy per tile, and the tiles shown.
 
-    A lone last tile is left out, for batch norm cannot learn from one.
+    A lone last tile is left out, for batch norm cannot learn from one. Raises NanScore when the loss is not
+    finite.
     """
-    spec, losses, tiles = trainer.spec, 0.0, 0
+    spec, crew = trainer.spec, trainer.crew
+    sums = np.zeros(3)
     steps = max(1, math.ceil(len(source) / spec.batch_size))
-    transform = augmentation() if spec.augment else None
     trainer.net.train()
+    freeze(trainer.net, trainer.card.n_classes, 100.0 if epoch < spec.head_epochs else spec.freeze)
+    net = crew.wrap(trainer.net)
     with torch.random.fork_rng(devices=_devices(trainer.device)):
-        torch.manual_seed(seed_of(spec.seed, epoch, "dropout"))
-        for step, (pixels, labels) in enumerate(source.batches(epoch, spec.batch_size, spec.seed)):
+        torch.manual_seed(seed_of(spec.seed, epoch, crew.stream("dropout")))
+        for step, (pixels, labels) in enumerate(crew.batches(source, spec, epoch)):
             if len(labels) < 2:
                 continue
-            if transform:
-                pixels = augment(pixels, transform, seed_of(spec.seed, epoch, f"augment {step}"))
-            set_lr(trainer.optimiser, learning_rate(spec, epoch, step / steps))
-            losses += _step(trainer, pixels, labels) * len(labels)
-            tiles += len(labels)
+            set_lr(trainer.optimiser, learning_rate(spec, epoch, min(step / steps, 1.0)))
+            sums += len(labels) * np.array([*_step(trainer, net, pixels, labels), 1.0])
+    losses, right, tiles = crew.total(sums)
     if not tiles:
         raise ConfigError("The training split has fewer than two tiles.")
     _check_loss(losses, epoch)
-    return losses / tiles
+    crew.agree(trainer.net)
+    return losses / tiles, right / tiles, int(tiles)
 
 
-def _step(trainer: Trainer, pixels: Pixels, labels: Labels) -> float:
+def _step(trainer: Trainer, net: nn.Module, pixels: Pixels, labels: Labels) -> tuple[float, float]:
+    """Take one step; return the batch's mean loss and share of right answers."""
     trainer.optimiser.zero_grad(set_to_none=True)
     with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.bf16):
-        outputs = trainer.net(_input(trainer, pixels))
+        outputs = net(_input(trainer, pixels))
     targets = torch.from_numpy(np.array(labels)).to(trainer.device)
-    value = sum(share * loss(trainer, out, targets) for share, out in _outputs(outputs))
-    if not isinstance(value, torch.Tensor):
+    parts = list(_outputs(outputs))
+    if not parts:
         raise BundleError(f"{trainer.card.architecture} returned no logits.")
+    value = torch.stack([share * loss(trainer, out, targets) for share, out in parts]).sum()
     value.backward()  # type: ignore[no-untyped-call]
+    if trainer.spec.clip:
+        torch.nn.utils.clip_grad_norm_(trainable(trainer.net), trainer.spec.clip)
     trainer.optimiser.step()
-    return float(value.detach())
+    return float(value.detach()), float(_right(trainer.card, parts[0][1].detach(), targets))
+
+
+def _right(card: BundleCard, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if card.task == "classify":
+        return (logits.argmax(1) == targets).float().mean()
+    known = targets >= 0
+    return ((logits > 0) == (targets > 0))[known].float().mean() if known.any() else torch.tensor(math.nan)
 
 
 def _outputs(outputs: Any) -> Iterator[tuple[float, torch.Tensor]]:
@@ -243,21 +268,24 @@ def _outputs(outputs: Any) -> Iterator[tuple[float, torch.Tensor]]:
 
 def validate(trainer: Trainer, source: TileSource) -> Validation:
     """Return loss, accuracy and AUC of a source, unaugmented, with the training's own criterion."""
-    losses, tiles = 0.0, 0
+    losses = 0.0
     logits: list[npt.NDArray[np.float32]] = []
     truth: list[Labels] = []
+    spec, crew = trainer.spec, trainer.crew
     trainer.net.eval()
     with torch.inference_mode():
-        for pixels, labels in source.batches(0, trainer.spec.batch_size, trainer.spec.seed):
+        for pixels, labels, *_ in crew.mine(source).batches(0, spec.batch_size, spec.seed):
             with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.bf16):
                 out = trainer.net(_input(trainer, pixels)).float()
             losses += float(loss(trainer, out, torch.from_numpy(np.array(labels)).to(out.device))) * len(labels)
-            tiles += len(labels)
             logits.append(out.cpu().numpy())
             truth.append(labels)
-    if not tiles:
+    parts = crew.gather((losses, logits, truth))
+    losses = sum(part[0] for part in parts)
+    rows = [np.concatenate([x for part in parts for x in part[i]] or [np.empty(0)]) for i in (1, 2)]
+    if not len(rows[1]):
         raise ConfigError("The validation split has no tiles.")
-    return Validation(losses / tiles, *_quality(trainer.card, np.concatenate(logits), np.concatenate(truth)))
+    return Validation(losses / len(rows[1]), *_quality(trainer.card, *rows))
 
 
 def loss(trainer: Trainer, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -280,11 +308,14 @@ def learning_rate(spec: TrainSpec, epoch: int, within: float = 0.0) -> float:
     """Return the rate at a point of the training: `epoch` counts from 0, `within` is the share of it done.
 
     cosine falls to 0 (Loshchilov and Hutter 2017); onecycle climbs from lr/25 over the first 30 % and falls to
-    lr/250,000, both as cosines (Smith 2018); multistep is lr * gamma ** (milestones reached).
+    lr/250,000, both as cosines (Smith 2018); multistep is lr * gamma ** (milestones reached). Epochs that train the
+    head alone have its own rate.
 
     >>> [round(learning_rate(TrainSpec(lr=1, epochs=4), epoch), 3) for epoch in range(4)]
     [1.0, 0.854, 0.5, 0.146]
     """
+    if epoch < spec.head_epochs:
+        return spec.head_lr
     done = (epoch + within) / spec.epochs
     if spec.schedule == "multistep":
         return spec.lr * float(spec.gamma ** bisect_right(sorted(spec.milestones), epoch))
@@ -319,7 +350,7 @@ def count_labels(card: BundleCard, source: TileSource, spec: TrainSpec) -> npt.N
     if isinstance(source, LabelledSource):
         labels = np.asarray(source.labels())
     else:
-        found = [y for _, y in source.batches(0, spec.batch_size, spec.seed)]
+        found = [y for _, y, *_ in source.batches(0, spec.batch_size, spec.seed)]
         labels = np.concatenate(found) if found else np.empty(0)
     shape = (len(labels),) if card.task == "classify" else (len(labels), card.n_classes)
     if labels.shape != shape:
@@ -342,8 +373,11 @@ def _one_hot(card: BundleCard, labels: Labels) -> Labels:
 
 
 def _class_weights(card: BundleCard, spec: TrainSpec, counts: npt.NDArray[np.int64]) -> torch.Tensor | None:
-    """Return N / (K * n_c) for classify (as scikit-learn's "balanced"), tiles without over with for multilabel."""
-    if spec.class_weights == "none":
+    """Return N / (K * n_c) for classify (as scikit-learn's "balanced"), tiles without over with for multilabel.
+
+    Balanced sampling has made the classes equal already.
+    """
+    if spec.class_weights == "none" or spec.sampling == "balanced":
         return None
     have, lack = counts
     weights = have.sum() / (card.n_classes * have) if card.task == "classify" else np.maximum(lack, 1) / have
@@ -377,9 +411,9 @@ def _input(trainer: Trainer, pixels: Pixels) -> torch.Tensor:
 def _optimiser(spec: TrainSpec, net: nn.Module) -> torch.optim.Optimizer:
     parameters, lr, decay = list(net.parameters()), spec.lr, spec.weight_decay
     if spec.optimiser == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=spec.momentum, weight_decay=decay)
+        return torch.optim.SGD(parameters, lr, spec.momentum, weight_decay=decay, nesterov=spec.nesterov)
     if spec.optimiser == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr, alpha=0.99, weight_decay=decay)
+        return torch.optim.RMSprop(parameters, lr, alpha=spec.decay, weight_decay=decay)
     kind = torch.optim.Adam if spec.optimiser == "adam" else torch.optim.AdamW
     return kind(parameters, lr, weight_decay=decay)
 
@@ -397,7 +431,9 @@ def _begin_with(net: nn.Module, start: Mapping[str, torch.Tensor], card: BundleC
 def _device(spec: TrainSpec) -> torch.device:
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('train.device = "cuda", and torch sees no GPU here; use "auto" or "cpu".')
-    return torch.device("cuda" if spec.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if spec.device != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _bf16(card: BundleCard, spec: TrainSpec, device: torch.device) -> bool:

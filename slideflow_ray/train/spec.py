@@ -1,0 +1,319 @@
+"""What a training is told (train.toml), and the presets of published trainings. Loads no torch."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, field_validator, model_validator
+
+from slideflow_ray.errors import ConfigError
+from slideflow_ray.specs import (
+    ExecutorSpec,
+    LabelSpec,
+    Positive,
+    Precision,
+    Spec,
+    StoreSpec,
+    TileSpec,
+    TissueSpec,
+    relative_to,
+)
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+RANDOM, IMAGENET = "random", "imagenet"
+
+
+class AugmentSpec(Spec):
+    """How training tiles are changed; each tile draws anew, in every epoch. 0 or false leaves a change out.
+
+    flip, turn : mirror, and turn by quarters
+    rotate_deg, shift, zoom : free rotation by up to so many degrees, shift by up to a share of the side, scale by
+        1 - zoom to 1 + zoom; what comes in from outside is the tile mirrored at its edge
+    brightness, contrast, saturation, hue : as torchvision's ColorJitter takes them
+    stain : standard deviation of haematoxylin's, eosin's and the residual's strength (Tellez et al., Med. Image Anal.
+        58 (2019) 101544: "HED-light" is 0.05)
+    noise : largest standard deviation of Gaussian noise, as a share of 255
+    mixup : a of Beta(a, a), by which a tile is mixed with another of its class and stain (METHODS of 001: 0.4)
+    """
+
+    flip: bool = True
+    turn: bool = True
+    rotate_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    zoom: Share = 0.0
+    brightness: NotNegative = 0.2
+    contrast: NotNegative = 0.2
+    saturation: NotNegative = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.04
+    stain: NotNegative = 0.0
+    noise: NotNegative = 0.02
+    mixup: NotNegative = 0.0
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether tiles stay as they are."""
+        return not any(self.model_dump().values())
+
+
+NO_AUGMENTATION = AugmentSpec.model_validate(dict.fromkeys(AugmentSpec.model_fields, 0))
+
+
+class TrainSpec(Spec):
+    """How a network is trained.
+
+    `batch_size` is of all workers together. `weights`: "random"; "imagenet", which are looked for below
+    $SLIDEFLOW_RAY_WEIGHTS and never fetched; or a safetensors file. `freeze` percent of the network's blocks, from
+    the first on, keep their weights and batch norm statistics; in the first `head_epochs` all of them do and the
+    head learns at `head_lr`. `sampling` "balanced" shows each class as often as the largest, by
+    repeating tiles. `patience`: epochs without a lower validation loss after which training
+    ends. `clip` bounds the gradient's norm. `device` "auto" takes a GPU where there is one;
+    `threads` 0 leaves torch's choice. `precision` "auto" is bf16 autocast where the hardware has bf16 (ResNet-18
+    trains 2.3 to 3.6 times as fast on such a CPU), else fp32; weights and optimiser stay in fp32 either way.
+    """
+
+    architecture: str = "small-cnn"
+    arguments: dict[str, JsonValue] = Field(default={})
+    weights: str = RANDOM
+    freeze: Percent = 0.0
+    head_epochs: Annotated[int, Field(ge=0)] = 0
+    head_lr: Positive = 1e-3
+    dropout: Share = 0.0
+    epochs: Annotated[int, Field(ge=1)] = 10
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    lr: Positive = 1e-3
+    optimiser: Literal["sgd", "rmsprop", "adam", "adamw"] = "adamw"
+    momentum: Share = 0.9
+    nesterov: bool = False
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    weight_decay: NotNegative = 1e-4
+    schedule: Literal["none", "cosine", "multistep", "onecycle"] = "cosine"
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    class_weights: Literal["balanced", "none"] = "balanced"
+    sampling: Literal["natural", "balanced"] = "natural"
+    augment: AugmentSpec = AugmentSpec()
+    patience: Annotated[int, Field(ge=1)] | None = None
+    clip: Positive | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "auto"
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return AugmentSpec() if value else NO_AUGMENTATION
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSpec:
+        if self.nesterov and (self.optimiser != "sgd" or not self.momentum):
+            raise ValueError('nesterov belongs to optimiser = "sgd" with momentum')
+        if self.milestones and self.schedule != "multistep":
+            raise ValueError('milestones belong to schedule = "multistep"')
+        if self.schedule == "multistep" and not self.milestones:
+            raise ValueError('schedule = "multistep" needs milestones')
+        return self
+
+
+class MineSpec(Spec):
+    """Hard tiles of the training split, by the scores of a run: false positives and negatives come `times` as often.
+
+    run : the run's output folder; model : which of its models, where it has several. A tile is hard when the
+    model's most probable class is not its own.
+    """
+
+    run: str
+    model: str | None = None
+    times: Annotated[int, Field(ge=2, le=100)] = 4
+
+
+class SampleSpec(Spec):
+    """Which tiles of the training split are shown.
+
+    stride : for a class, every how manyeth row and column of tiles is used (1: all), {"normal": 10, "tumor": 4}
+    in 004. Validation is never thinned.
+    """
+
+    stride: dict[str, Annotated[int, Field(ge=1)]] = {}
+    mine: MineSpec | None = None
+
+
+class CrewSpec(Spec):
+    """Who trains. "inline" is this process; "ray" is Ray Train, data-parallel, each worker reading its own chunks.
+
+    workers : 0 takes one for each GPU of the cluster, else one for each core but one. storage : where checkpoints
+    are kept, a folder or s3://BUCKET/PATH that every node sees; `work` if None. max_failures : restarts after lost
+    workers. loaders : processes that read and augment for each worker; 0 does it in the worker itself.
+    """
+
+    kind: Literal["inline", "ray"] = "inline"
+    workers: Annotated[int, Field(ge=0)] = 0
+    address: str | None = None
+    cpus_per_worker: Positive = 1.0
+    storage: str | None = None
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    loaders: Annotated[int, Field(ge=0)] = 0
+
+
+class TrainJob(Spec):
+    """Everything a training is told. `out` is the bundle, `work` where tiles and checkpoints are kept.
+
+    Labels for training are of tiles that a class covers by three quarters (004); a lower `labels.fraction` takes
+    in less homogeneous tiles at the border.
+    """
+
+    cohort: str
+    out: str
+    work: str
+    classes: tuple[str, ...]
+    tile: TileSpec
+    fit: TrainSpec = TrainSpec()
+    tissue: TissueSpec = TissueSpec()
+    store: StoreSpec = StoreSpec()
+    executor: ExecutorSpec = ExecutorSpec()
+    crew: CrewSpec = CrewSpec()
+    labels: LabelSpec = LabelSpec(rule="fraction")
+    sample: SampleSpec = SampleSpec()
+    licence: str = "unknown"
+    overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _strides_are_of_classes(self) -> TrainJob:
+        if unknown := sorted(set(self.sample.stride) - set(self.classes)):
+            raise ValueError(f"sample.stride names {', '.join(unknown)}; the classes are {', '.join(self.classes)}")
+        return self
+
+
+_FLIPS: dict[str, Any] = {"flip": True, "turn": True}
+PRESETS: dict[str, dict[str, Any]] = {
+    # MathWorks' example: one epoch of RMSprop on sparse 299 px blocks of the finest level; its helper jitters
+    # contrast, hue, saturation and brightness, and L2 is MATLAB's default.
+    "004": {
+        "tile": {"tile_px": 299, "mpp": 0.25, "min_tissue": 0.0},
+        "labels": {"rule": "fraction", "fraction": 0.75},
+        "sample": {"stride": {"normal": 10, "tumor": 4}},
+        "fit": {
+            "architecture": "torchvision:inception_v3",
+            "weights": IMAGENET,
+            "optimiser": "rmsprop",
+            "lr": 1e-4,
+            "decay": 0.99,
+            "momentum": 0.0,
+            "weight_decay": 1e-4,
+            "schedule": "none",
+            "epochs": 1,
+            "batch_size": 256,
+            "augment": {**_FLIPS, "brightness": 0.35, "contrast": 0.5, "saturation": 0.2, "hue": 0.05, "noise": 0.0},
+        },
+    },
+    # The glomerulus paper's final choice (batch 16, 1e-4, nothing frozen); gamma is that of its reference 19.
+    # Its SE-ResNet is not registered yet: timm's SE-ResNet-50 is METHODS' companion.
+    "001": {
+        "tile": {"tile_px": 224, "mpp": 0.5},
+        "fit": {
+            "architecture": "timm:seresnet50",
+            "weights": IMAGENET,
+            "optimiser": "adam",
+            "lr": 1e-4,
+            "schedule": "multistep",
+            "milestones": [60, 120, 160],
+            "gamma": 0.2,
+            "epochs": 200,
+            "batch_size": 16,
+            "dropout": 0.5,
+            "augment": {**_FLIPS, "rotate_deg": 30.0, "noise": 0.06, "mixup": 0.4},
+        },
+    },
+    # The tuber paper, as METHODS completes it: the head alone for one epoch at 1e-3, then Adam at 1e-4.
+    "003": {
+        "tile": {"tile_px": 299, "mpp": 1.0},
+        "fit": {
+            "architecture": "torchvision:inception_v3",
+            "weights": IMAGENET,
+            "optimiser": "adam",
+            "lr": 1e-4,
+            "weight_decay": 0.0,
+            "schedule": "none",
+            "head_epochs": 1,
+            "head_lr": 1e-3,
+            "epochs": 50,
+            "patience": 8,
+            "batch_size": 32,
+            "dropout": 0.5,
+            "augment": {
+                **dict.fromkeys(AugmentSpec.model_fields, 0),
+                "flip": True,
+                "rotate_deg": 15.0,
+                "shift": 0.1,
+                "zoom": 0.1,
+            },
+        },
+    },
+}
+"""Settings of the published trainings by their source's number; what a user sets besides wins."""
+
+
+def with_preset(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return `values` on top of the preset that its key "preset" names. Raises ConfigError for an unknown one."""
+    given = dict(values)
+    name = given.pop("preset", None)
+    if name is None:
+        return given
+    if name not in PRESETS:
+        raise ConfigError(f"{where}: there is no preset {name!r}; there are {', '.join(PRESETS)}.")
+    base = dict(PRESETS[name])
+    if stride := base.get("sample", {}).get("stride"):
+        # Strides are of classes by name: those that the user's classes lack say nothing.
+        own = {key: value for key, value in stride.items() if key in given.get("classes", ())}
+        base["sample"] = {"stride": own}
+    return _merged(base, given)
+
+
+def _merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in given.items():
+        below = out.get(key)
+        out[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+PATHS = ("cohort", "out", "work")
+
+
+def load_train(path: Path) -> dict[str, Any]:
+    """Read train.toml as values for `TrainJob`; relative paths in it are relative to the file.
+
+    Raises ConfigError when the file is missing or is not TOML.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no {path}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    here = path.resolve().parent
+    for key in PATHS:
+        if isinstance(values.get(key), str):
+            values[key] = relative_to(here, values[key])
+    fit = values.get("fit")
+    if isinstance(fit, dict) and isinstance(fit.get("weights"), str) and fit["weights"] not in (RANDOM, IMAGENET):
+        fit["weights"] = relative_to(here, fit["weights"])
+    mine = values.get("sample", {}).get("mine") if isinstance(values.get("sample"), dict) else None
+    if isinstance(mine, dict) and isinstance(mine.get("run"), str):
+        mine["run"] = relative_to(here, mine["run"])
+    if "out" in values:
+        values.setdefault("work", f"{values['out']}.work")
+    return values
+
+
+def parse_job(values: Mapping[str, Any], where: str) -> TrainJob:
+    """Return the job of `values`, which may name a preset. Raises ConfigError naming each bad key."""
+    return TrainJob.parse(with_preset(values, where), where)
