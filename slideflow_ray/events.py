@@ -83,6 +83,13 @@ class EpochTrained:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """Something that a user should know, in one sentence."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """Every item has ended: the three counts add up to the cohort."""
 
@@ -92,7 +99,9 @@ class RunFinished:
     seconds: float
 
 
-Event = RunStarted | SlidePlanned | ChunkScored | SlideDone | SlideFailed | WorkerDied | EpochTrained | RunFinished
+Event = (
+    RunStarted | SlidePlanned | ChunkScored | SlideDone | SlideFailed | WorkerDied | EpochTrained | Noted | RunFinished
+)
 Listener = Callable[[Event], None]
 
 

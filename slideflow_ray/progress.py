@@ -12,6 +12,7 @@ from slideflow_ray.events import (
     ChunkScored,
     EpochTrained,
     Event,
+    Noted,
     RunFinished,
     RunStarted,
     SlideDone,
@@ -58,8 +59,8 @@ class RunProgress:
                 self.say(f"{event.slide_id} {word}: {event.code} {event.message.splitlines()[0]}")
             case WorkerDied():
                 self.say(f"{event.worker} died ({event.cause}); its tasks are tried again: {', '.join(event.slides)}")
-            case EpochTrained():
-                self.say(_epoch(event))
+            case EpochTrained() | Noted():
+                self.say(event.text if isinstance(event, Noted) else _epoch(event))
             case RunFinished():
                 self._finish(event)
                 return

@@ -41,18 +41,19 @@ LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 APART = {"phantoms", "testing"}
 
 HEAVY = {
-    "ray": {"execute/on_ray.py", "aggregate.py"},
+    "ray": {"execute/on_ray.py", "aggregate.py", "train/on_ray.py", "train/job.py", "train/choose.py"},
     "dask": {"aggregate.py"},
     "tiffslide": {"slides/tiff.py"},
     "openslide": {"slides/openslide.py", "doctor.py"},
     "zarr": {"store.py", "slides/omezarr.py"},
     "tifffile": {"export.py", "slides/image.py", "phantoms.py"},
     "imagecodecs": {"slides/image.py"},
-    "matplotlib": {"report.py", "plots.py"},
+    "matplotlib": {"report.py", "train/record.py"},
     "jinja2": {"report.py"},
     "pyarrow": {"tables.py"},
     "shapely": {"export.py", "planes.py", "annotations.py", "objects.py"},
     "segmentation_models_pytorch": {"models/networks.py"},
+    "tensorboardX": {"train/record.py"},
     "sklearn": {"train/loop.py", "lesions.py"},
     "defusedxml": {"annotations.py"},
 }

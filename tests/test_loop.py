@@ -24,9 +24,10 @@ from slideflow_ray.models.scorer import load_scorer, to_margins
 from slideflow_ray.prepare import to_input
 from slideflow_ray.profile import resolve
 from slideflow_ray.specs import ComputeSpec
-from slideflow_ray.train import loop
+from slideflow_ray.train import loop, tiles
 from slideflow_ray.train.augment import augment, augmentation, seed_of
-from slideflow_ray.train.loop import EpochResult, TrainSpec, Validation, fit, learning_rate, validate
+from slideflow_ray.train.loop import EpochResult, Validation, fit, learning_rate, validate
+from slideflow_ray.train.spec import TrainSpec
 
 MEAN, STD = (0.6, 0.6, 0.6), (0.15, 0.15, 0.15)
 
@@ -371,7 +372,7 @@ def test_tiles_are_changed_each_by_its_own_draw() -> None:
 
 def test_only_training_tiles_are_augmented(train: Tiles, val: Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(loop, "augment", lambda x, *_: (seen.append(len(x)), x)[1])
+    monkeypatch.setattr(tiles, "augment", lambda x, *_: (seen.append(len(x)), x)[1])
     fit(card(), spec(epochs=1, augment=True), train, val)
     assert sum(seen) == len(train)
     seen.clear()

@@ -17,8 +17,9 @@ from slideflow_ray.phantoms import write_cohort
 from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.specs import StoreSpec, TileSpec, TissueSpec
 from slideflow_ray.store import SlideStore
-from slideflow_ray.train import job as job_module
-from slideflow_ray.train.job import TrainJob, train
+from slideflow_ray.train import tiles as tiles_module
+from slideflow_ray.train.job import train
+from slideflow_ray.train.spec import TrainJob
 from slideflow_ray.train.tiles import ChunkTiles, LabelledChunk, class_indices
 
 TILE = TileSpec(tile_px=8, mpp=0.5)
@@ -44,7 +45,7 @@ def source(tmp_path) -> ChunkTiles:
 
 def order(source: ChunkTiles, epoch: int, seed: int = 0, batch: int = 5) -> list[int]:
     seen = []
-    for pixels, labels in source.batches(epoch, batch, seed):
+    for pixels, labels, _ in source.batches(epoch, batch, seed):
         values = pixels[:, 0, 0, 0].astype(np.int64)
         np.testing.assert_array_equal(values % 3 - 1, labels)
         seen += values.tolist()
@@ -95,15 +96,14 @@ def make(cohort: Path, out: Path, **settings) -> TrainJob:
 
 
 def test_training_sees_the_train_split_judges_on_val_and_never_opens_test(cohort, tmp_path, monkeypatch):
-    seen = {}
+    seen = {"train": set(), "val": set()}
 
-    def fit(card, spec, train, val, listen):
-        seen["train"] = {c.chunk.item.slide_id for c in train.chunks}
-        seen["val"] = {c.chunk.item.slide_id for c in val.chunks}
-        return real(card, spec, train, val, listen)
+    def read(context, chunk, *more):
+        seen[chunk.item.split].add(chunk.item.slide_id)
+        return real(context, chunk, *more)
 
-    real = job_module.fit
-    monkeypatch.setattr(job_module, "fit", fit)
+    real = tiles_module.read_chunk
+    monkeypatch.setattr(tiles_module, "read_chunk", read)
     events = []
     result = train(make(cohort, tmp_path), listen=events.append)
     lines = [line.split(",") for line in cohort.read_text().splitlines()[1:]]

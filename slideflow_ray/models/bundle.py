@@ -301,11 +301,17 @@ def forward_digest(folder: str | Path) -> str:
 
 
 def write_bundle(
-    folder: str | Path, card: BundleCard, state: Mapping[str, torch.Tensor], *, overwrite: bool = False
+    folder: str | Path,
+    card: BundleCard,
+    state: Mapping[str, torch.Tensor],
+    *,
+    overwrite: bool = False,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a bundle as a whole or not at all, and return its folder. Equal input gives equal bytes.
 
-    Writing the same bundle again changes nothing. Raises BundleError when another bundle, or
+    `beside` are further files (the training's record, ...) by name. Writing the same bundle again changes nothing
+    but these. Raises BundleError when another bundle, or
     anything else, stands there, unless told to `overwrite` (which replaces bundles only).
     """
     folder = Path(folder)
@@ -315,8 +321,12 @@ def write_bundle(
         new.mkdir()
         (new / CARD).write_text(card.to_json(), encoding="utf-8")
         _write_weights(new / WEIGHTS, state)
+        for name, data in (beside or {}).items():
+            (new / name).write_bytes(data)
         if folder.exists():
             if _same_bundle(folder, new):
+                for name in beside or {}:
+                    os.replace(new / name, folder / name)
                 return folder
             _refuse_to_lose(folder, overwrite)
             os.rename(folder, Path(scratch) / "old")

@@ -130,7 +130,7 @@ def result_json(result: EpochResult) -> dict[str, Any]:
 
 def result_of(values: Mapping[str, Any]) -> EpochResult:
     """Return the result that `result_json` wrote down."""
-    known = {key: math.nan if value is None else value for key, value in values.items()}
+    known: dict[str, Any] = {key: math.nan if value is None else value for key, value in values.items()}
     val = Validation(known["val_loss"], known["val_accuracy"], known["val_auc"]) if "val_loss" in known else None
     return EpochResult(
         known["epoch"],

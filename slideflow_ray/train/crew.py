@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.pipeline import Pixels
 from slideflow_ray.train.spec import TrainSpec
-from slideflow_ray.train.tiles import Labels, Pixels, Prepared, SharedSource, TileSource
+from slideflow_ray.train.tiles import Labels, Prepared, SharedSource, TileSource
 
 
-@dataclass
+@dataclass(eq=False)
 class Crew:
     """One of `size` workers, the `rank`th; `loaders` processes read and augment for it (0: it does so itself).
 

@@ -1,4 +1,4 @@
-"""Freezing a network's first blocks, and drop-out before its head: changes that leave the names of its weights alone."""
+"""Freezing a network's first blocks, and drop-out before its head; the names of the weights stay as they are."""
 
 from __future__ import annotations
 

@@ -1,72 +1,124 @@
-"""From a cohort to a bundle: tile the labelled slides, train, keep the best epoch."""
+"""From a cohort to a bundle: tile the labelled slides, train, keep the best epoch, write down what was done."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from slideflow_ray import storage
 from slideflow_ray.accounting import RunResult
 from slideflow_ray.annotations import slide_labels
 from slideflow_ray.cohort import Item, check_splits, read_cohort
 from slideflow_ray.errors import ConfigError
-from slideflow_ray.events import EpochTrained, Listener, silent
+from slideflow_ray.events import EpochTrained, Listener, Noted, silent
+from slideflow_ray.identity import Identities
 from slideflow_ray.models.bundle import BundleCard, write_bundle
 from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.run import run
-from slideflow_ray.specs import ExecutorSpec, LabelSpec, RunSpec, Spec, StoreSpec, TileSpec, TissueSpec
+from slideflow_ray.specs import RunSpec, digest
 from slideflow_ray.store import SlideStore
-from slideflow_ray.train.loop import EpochResult, Trained, TrainSpec, fit
+from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
+from slideflow_ray.train.crew import Crew
+from slideflow_ray.train.loop import EpochResult, Trained, fit
+from slideflow_ray.train.record import RECORD, Diary, beside, data_record, training_record, versions
+from slideflow_ray.train.sample import balanced, boxes_px0, mine, thin
+from slideflow_ray.train.spec import CrewSpec, TrainJob, TrainSpec
 from slideflow_ray.train.tiles import ChunkTiles, LabelledChunk, class_indices
+from slideflow_ray.train.weights import Start, find_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-
-class TrainJob(Spec):
-    """Everything a training is told. `out` is the bundle, `work` where the tiles are kept."""
-
-    cohort: str
-    out: str
-    work: str
-    classes: tuple[str, ...]
-    tile: TileSpec
-    fit: TrainSpec = TrainSpec()
-    tissue: TissueSpec = TissueSpec()
-    store: StoreSpec = StoreSpec()
-    executor: ExecutorSpec = ExecutorSpec()
-    labels: LabelSpec = LabelSpec()
-    overwrite: bool = False
+Chunks = dict[str, list[LabelledChunk]]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the bundle is, and how the training went."""
+    """Where the bundle is, and how the training went; `changed` is False where it was there already."""
 
     bundle: Path
-    trained: Trained
+    history: tuple[EpochResult, ...]
+    best_epoch: int
     tiles: dict[str, int]
+    changed: bool = True
+
+    @property
+    def best(self) -> EpochResult:
+        """The epoch whose weights were kept."""
+        return self.history[self.best_epoch]
 
     def summary(self) -> str:
         """Return a few lines for people."""
-        best = self.trained.history[self.trained.best_epoch]
+        best = self.best
         counts = ", ".join(f"{n} {split} tiles" for split, n in self.tiles.items())
-        line = f"trained on {counts}; best epoch {best.epoch + 1} of {len(self.trained.history)}"
+        line = f"trained on {counts}; best epoch {best.epoch + 1} of {len(self.history)}"
         if best.val:
             line += f": val loss {best.val.loss:.4f}, accuracy {best.val.accuracy:.3f}, AUC {best.val.auc:.4f}"
-        return f"{line}\nBundle: {self.bundle}"
+        return f"{line}\n{'Bundle' if self.changed else 'Nothing to do, the bundle is there'}: {self.bundle}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        best = self.best
+        val = vars(best.val) if best.val else None
+        return {
+            "bundle": str(self.bundle),
+            "changed": self.changed,
+            "tiles": self.tiles,
+            "epochs": len(self.history),
+            "best_epoch": best.epoch + 1,
+            "train_loss": best.train_loss,
+            "val": val,
+        }
 
 
-def train(job: TrainJob, listen: Listener = silent) -> TrainResult:
+@dataclass(frozen=True)
+class Data:
+    """What a training reads: chunks with labels by split, and the identities of their slides."""
+
+    context: Context
+    chunks: Chunks
+    identities: Mapping[str, str]
+
+    def source(self, split: str) -> ChunkTiles:
+        """Return a split's tiles."""
+        return ChunkTiles(self.context, self.chunks[split])
+
+
+def train(job: TrainJob, listen: Listener = silent, data: Data | None = None, **record: Any) -> TrainResult:
     """Train on the cohort's train split, keep the epoch of lowest loss on val, write the bundle.
 
-    The slides are planned, tiled and read by the same run and pipeline that score them.
+    The slides are planned, tiled and read by the same run and pipeline that score them. Killed, it goes on from
+    its last checkpoint when called again; when the bundle is there already, nothing is done. `data` is
+    what `prepare` returned, where several trainings share it; `record` goes into the training's record.
+
     Raises ConfigError (no train slides, a class without tiles, a slide that cannot be
-    read), SplitLeakError.
+    read), SplitLeakError, NanScore, DiskFull.
     """
-    items = [item for item in read_cohort(job.cohort) if item.split in ("train", "val")]
-    if not any(item.split == "train" for item in items):
-        raise ConfigError(f"{job.cohort} has no rows with split = train.")
-    card = BundleCard.parse(
+    _check_out(job)
+    start = find_weights(job.fit)
+    if start.note:
+        listen(Noted(start.note))
+    data = data or prepare(job, listen)
+    return (
+        _on_ray(job, data, start, listen, record)
+        if job.crew.kind == "ray"
+        else _inline(job, data, start, listen, record)
+    )
+
+
+def _check_out(job: TrainJob) -> None:
+    if Path(job.out).exists() and not job.overwrite and not (Path(job.out) / RECORD).is_file():
+        raise ConfigError(f"{job.out} exists already.", next_step="Choose another --out, or say --overwrite.")
+
+
+def card_of(job: TrainJob) -> BundleCard:
+    """Return the card of the bundle that a job writes. Raises ConfigError."""
+    return BundleCard.parse(
         {
             "name": Path(job.out).name,
             "task": "classify",
@@ -77,28 +129,199 @@ def train(job: TrainJob, listen: Listener = silent) -> TrainResult:
             "mpp": job.tile.mpp,
             "mean": IMAGENET_MEAN,
             "std": IMAGENET_STD,
+            "licence": job.licence,
             "description": f"trained on {Path(job.cohort).name}",
         },
         "the bundle to be written",
     )
-    if Path(job.out).exists() and not job.overwrite:
-        raise ConfigError(f"{job.out} exists already.", next_step="Choose another --out, or say --overwrite.")
-    context, result = _tile(job, items, listen)
-    check_splits(items, {ended.slide_id: ended.identity for ended in result.ended})
-    sources = {
-        split: ChunkTiles(context, _labelled(job, context, [i for i in items if i.split == split], result))
-        for split in ("train", "val")
+
+
+# one training
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One training with a name of its own: that of the bundle and the digest of all that determines the weights."""
+
+    job: TrainJob
+    card: BundleCard
+    data: Data
+    start: Start
+    size: int
+    record: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits of network, settings, data, workers and software."""
+        card = self.card.model_dump(mode="json", exclude={"name", "description", "licence"})
+        with_crew = [self.size, self.job.crew.loaders, self.job.crew.kind]
+        data = data_record(self.data.chunks, self.data.identities)["digest"]
+        fit = self.job.fit.model_dump(mode="json", exclude={"weights"})
+        return digest([card, fit, self.start.source, data, with_crew, versions()])
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        return f"{self.card.name}-{self.digest}"
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints (of one process), metrics and TensorBoard's files are kept."""
+        return Path(self.job.work) / "trainings" / self.name
+
+    def tiles(self) -> dict[str, int]:
+        """Tiles of an epoch, by split."""
+        return {split: len(self.data.source(split)) for split in self.data.chunks}
+
+    def done(self) -> TrainResult | None:
+        """What this very training has left in the bundle's folder already, if it has."""
+        found = storage.read_json(Path(self.job.out) / RECORD)
+        if found and found.get("digest") == self.digest:
+            history = tuple(result_of({"seconds": 0.0, **epoch}) for epoch in found["epochs"])
+            return TrainResult(Path(self.job.out), history, found["best_epoch"], found["tiles"], changed=False)
+        if found and not self.job.overwrite:
+            raise ConfigError(
+                f"{self.job.out} holds the bundle of another training.",
+                next_step="Choose another --out, or say --overwrite.",
+            )
+        return None
+
+    def keep(self, trained: Trained) -> TrainResult:
+        """Write the bundle with its record, and drop the checkpoints."""
+        settings = self.job.model_dump(mode="json", exclude={"out", "work", "overwrite", "executor", "cohort"})
+        settings["crew"] = {key: settings["crew"][key] for key in ("kind", "loaders")} | {"workers": self.size}
+        record = training_record(
+            trained,
+            digest=self.digest,
+            cohort=Path(self.job.cohort).name,
+            settings=settings,
+            weights=self.start.source,
+            data=data_record(self.data.chunks, self.data.identities),
+            tiles=self.tiles(),
+            tiles_by_class=_by_class(self.data.chunks, self.card.classes),
+            **self.record,
+        )
+        files = beside(trained, record)
+        write_bundle(Path(self.job.out), self.card, trained.state_dict, overwrite=self.job.overwrite, beside=files)
+        for checkpoint in self.folder.glob("epoch-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        return TrainResult(Path(self.job.out), trained.history, trained.best_epoch, self.tiles())
+
+
+def _by_class(chunks: Chunks, classes: Sequence[str]) -> dict[str, dict[str, int]]:
+    return {
+        split: {name: int(sum((c.labels == i).sum() for c in several)) for i, name in enumerate(classes)}
+        for split, several in chunks.items()
     }
-    val = sources["val"] if len(sources["val"]) else None
-    trained = fit(card, job.fit, sources["train"], val, lambda result: listen(_event(result, job.fit.epochs)))
-    write_bundle(Path(job.out), card, trained.state_dict, overwrite=job.overwrite)
-    return TrainResult(Path(job.out), trained, {split: len(source) for split, source in sources.items()})
+
+
+def _inline(job: TrainJob, data: Data, start: Start, listen: Listener, record: Mapping[str, Any]) -> TrainResult:
+    """Train in this process."""
+    training = _Training(job, card_of(job), data, start, 1, record)
+    if (done := training.done()) is not None:
+        return done
+    saved = last_epoch(training.folder)
+    diary = Diary(training.folder)
+    diary.begin(saved.history if saved else ())
+    if saved:
+        listen(Noted(f"Going on after epoch {len(saved.history)} of {job.fit.epochs}."))
+    try:
+        trained = fit(
+            training.card,
+            job.fit,
+            data.source("train"),
+            data.source("val") if len(data.source("val")) else None,
+            _told(diary, job.fit, listen),
+            start=start.state,
+            crew=Crew(loaders=job.crew.loaders),
+            saved=saved,
+            save=lambda progress: _save(training.folder, progress),
+        )
+    finally:
+        diary.close()
+    return training.keep(trained)
+
+
+def _save(folder: Path, progress: Any) -> None:
+    save_epoch(folder, progress)
+
+
+def _told(diary: Diary, spec: TrainSpec, listen: Listener) -> Any:
+    def tell(result: EpochResult) -> None:
+        diary.add(result)
+        listen(_event(result, spec.epochs))
+
+    return tell
+
+
+def _on_ray(job: TrainJob, data: Data, start: Start, listen: Listener, record: Mapping[str, Any]) -> TrainResult:
+    """Train with Ray Train."""
+    from slideflow_ray.train.on_ray import Task, fit_on_ray, joined
+
+    with joined(job.crew, job.fit) as size:
+        training = _Training(job, card_of(job), data, start, size, record)
+        if (done := training.done()) is not None:
+            return done
+        train_, val = data.source("train"), data.source("val")
+        task = Task(training.card, job.fit, train_, val if len(val) else None, start.state, job.crew.loaders)
+        diary = Diary(training.folder)
+        diary.begin(())
+        store = job.crew.storage or str(Path(job.work).absolute() / "ray")
+        try:
+            trained = fit_on_ray(task, job.crew, training.name, store, _told(diary, job.fit, listen))
+        finally:
+            diary.close()
+        diary.begin(trained.history)
+        return training.keep(trained)
 
 
 def _event(result: EpochResult, epochs: int) -> EpochTrained:
     val = result.val
     scores = (val.loss, val.auc) if val else (None, None)
     return EpochTrained(result.epoch + 1, epochs, result.train_loss, *scores)
+
+
+# what is read
+
+
+def prepare(job: TrainJob, listen: Listener = silent) -> Data:
+    """Tile the slides of train and val, label their tiles, choose among them.
+
+    Raises ConfigError, SplitLeakError.
+    """
+    everyone = read_cohort(job.cohort)
+    items = [item for item in everyone if item.split in ("train", "val")]
+    if not any(item.split == "train" for item in items):
+        raise ConfigError(f"{job.cohort} has no rows with split = train.")
+    context, result = _tile(job, items, listen)
+    identities = {ended.slide_id: ended.identity for ended in result.ended}
+    _check_leaks(job, everyone, items, identities)
+    chunks: Chunks = {
+        split: _labelled(job, context, [i for i in items if i.split == split], result) for split in ("train", "val")
+    }
+    chunks["train"] = _chosen(job, context, chunks["train"], listen)
+    return Data(context, chunks, identities)
+
+
+def _check_leaks(job: TrainJob, everyone: Sequence[Item], items: Sequence[Item], known: Mapping[str, str]) -> None:
+    """Refuse a file of train or val that is the same as one of test, byte for byte.
+
+    A test slide is looked into only if it has the size of another: files of other sizes differ.
+    """
+    sizes = {_size(item) for item in items} - {-1}
+    rest = [item for item in everyone if item.split == "test" and _size(item) in sizes]
+    notes = Identities(Path(job.work) / ".cache" / "test_identities.json")
+    found = {item.slide_id: notes.of(item.uri) for item in rest}
+    notes.save()
+    check_splits([*items, *rest], {**known, **found})
+
+
+def _size(item: Item) -> int:
+    try:
+        path = storage.local_path(item.uri)
+        return os.stat(path).st_size if path.is_file() else -1
+    except OSError:
+        return -1
 
 
 def _tile(job: TrainJob, items: Sequence[Item], listen: Listener) -> tuple[Context, RunResult]:
@@ -120,13 +343,48 @@ def _tile(job: TrainJob, items: Sequence[Item], listen: Listener) -> tuple[Conte
 def _labelled(job: TrainJob, context: Context, items: Sequence[Item], result: RunResult) -> list[LabelledChunk]:
     """The chunks of the items' grids with the class of each tile."""
     by_id = {ended.slide_id: ended for ended in result.ended}
+    stains = {stain: i for i, stain in enumerate(sorted({item.stain or "" for item in items}))}
     rows = job.store.rows(job.tile.tile_px)
     found = []
     for item in items:
         for grid in by_id[item.slide_id].laid:
             store = SlideStore(context.out, item.slide_id)
             labels = class_indices(slide_labels(store, grid, item, job.classes, job.labels))
+            if item.split == "train" and job.sample.stride:
+                labels = thin(labels, store.read(f"grids/{grid}/rowcol"), job.classes, job.sample.stride)
             for start in range(0, len(labels), rows):
                 part = labels[start : start + rows]
-                found.append(LabelledChunk(Chunk(item, grid, job.tile, start // rows, len(part), ()), part))
+                chunk = Chunk(item, grid, job.tile, start // rows, len(part), ())
+                found.append(LabelledChunk(chunk, part, None, stains[item.stain or ""]))
     return found
+
+
+def _chosen(job: TrainJob, context: Context, chunks: list[LabelledChunk], listen: Listener) -> list[LabelledChunk]:
+    """Show hard tiles more often, and rare classes as often as the largest."""
+    if job.sample.mine is not None:
+        chunks = _mined(job, context, chunks, listen)
+    return balanced(chunks, job.classes) if job.fit.sampling == "balanced" else chunks
+
+
+def _mined(job: TrainJob, context: Context, chunks: list[LabelledChunk], listen: Listener) -> list[LabelledChunk]:
+    spec = job.sample.mine
+    if spec is None:
+        return chunks
+    rows = job.store.rows(job.tile.tile_px)
+    boxes = {}
+    for c in chunks:
+        grid = boxes_px0(SlideStore(context.out, c.chunk.item.slide_id), c.chunk.grid)
+        boxes[id(c)] = grid[c.chunk.index * rows :][: c.chunk.tiles]
+    known: dict[str, list[LabelledChunk]] = {}
+    for c in chunks:
+        known.setdefault(c.chunk.item.slide_id, []).append(c)
+    labels = {
+        name: (np.concatenate([boxes[id(c)] for c in mine_]), np.concatenate([c.labels for c in mine_]))
+        for name, mine_ in known.items()
+    }
+    found = mine(spec, job.classes, labels)
+    listen(Noted(f"{found.tiles} of {found.scored} training tiles are hard; they come {found.times} times as often."))
+    return [replace(c, times=found.times_of(c.chunk.item.slide_id, boxes[id(c)])) for c in chunks]
+
+
+__all__ = ["CrewSpec", "Data", "TrainJob", "TrainResult", "card_of", "prepare", "train"]

@@ -419,13 +419,32 @@ def _optimiser(spec: TrainSpec, net: nn.Module) -> torch.optim.Optimizer:
 
 
 def _begin_with(net: nn.Module, start: Mapping[str, torch.Tensor], card: BundleCard) -> None:
-    """Load `start`, but for a head of another size: a head is what a new task learns first."""
+    """Load `start`, but for heads of another size (auxiliary ones too): a head is what a new task learns first."""
     own = net.state_dict()
     head = find_head(net, card.n_classes)[0]
     strange = [k for k in own if k not in start or start[k].shape != own[k].shape]
-    if wrong := [key for key in strange if not key.startswith(f"{head}.")]:
-        raise ConfigError(f"The weights to start from do not fit {card.architecture}: {', '.join(wrong[:3])}.")
+    wrong = [key for key in strange if not (key.startswith(f"{head}.") or _is_head(own[key], start.get(key), card))]
+    if wrong:
+        raise ConfigError(
+            f"The weights to start from do not fit {card.architecture}: {_few(own, start, wrong)}.",
+            next_step="Take weights of this architecture, by the names that torchvision or timm gives them.",
+        )
     net.load_state_dict({key: own[key] if key in strange else start[key] for key in own})
+
+
+def _is_head(own: torch.Tensor, other: torch.Tensor | None, card: BundleCard) -> bool:
+    """Whether two tensors differ in nothing but the number of classes."""
+    return other is not None and own.shape[:1] == (card.n_classes,) and own.shape[1:] == other.shape[1:]
+
+
+def _few(own: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], keys: list[str]) -> str:
+    said = [
+        f"{key} is {tuple(start[key].shape)} instead of {tuple(own[key].shape)}"
+        if key in start
+        else f"{key} is missing"
+        for key in keys[:3]
+    ]
+    return "; ".join(said[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _device(spec: TrainSpec) -> torch.device:

@@ -142,7 +142,7 @@ class SampleSpec(Spec):
     in 004. Validation is never thinned.
     """
 
-    stride: dict[str, Annotated[int, Field(ge=1)]] = {}
+    stride: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
     mine: MineSpec | None = None
 
 
