@@ -22,8 +22,10 @@ from slideflow_ray.errors import ConfigError, CorruptStore, InfrastructureError,
 if TYPE_CHECKING:
     from slideflow_ray.accounting import RunResult
     from slideflow_ray.aggregate import Scheduler
+    from slideflow_ray.events import Listener
     from slideflow_ray.lesions import LesionResults
     from slideflow_ray.specs import RunSpec
+    from slideflow_ray.train.spec import TrainJob
 
 app = typer.Typer(
     name="slideflow-ray",
@@ -313,35 +315,98 @@ def export(
 
 @app.command()
 def train(
-    cohort: Annotated[Path, typer.Option(help="cohort.csv with split, and label or annotation.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle to write (a folder).")],
-    classes: Annotated[str, typer.Option(help="Class names, the background first: normal,tumor")],
+    context: typer.Context,
+    target: Annotated[Path | None, typer.Argument(help="train.toml; or give --cohort, --out and --classes.")] = None,
+    cohort: Annotated[Path | None, typer.Option(help="cohort.csv with split, and label or annotation.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The bundle to write (a folder).")] = None,
+    classes: Annotated[str | None, typer.Option(help="Class names, the background first: normal,tumor")] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings of a published training: 004, 001 or 003.")] = None,
     tile_px: Annotated[int, typer.Option(min=8, help="Tile size in pixels at --mpp.")] = 224,
     mpp: Annotated[float, typer.Option(help="um per pixel of the tiles.")] = 0.5,
     architecture: Annotated[str, typer.Option(help="small-cnn, torchvision:NAME or timm:NAME.")] = "small-cnn",
+    weights: Annotated[str, typer.Option(help="random, imagenet, or FILE.safetensors.")] = "random",
+    freeze: Annotated[float, typer.Option(min=0, max=100, help="Percent of the blocks that keep their weights.")] = 0,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(min=2, help="Tiles of a step, of all workers together.")] = 32,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    seed: Annotated[int, typer.Option()] = 0,
-    work: Annotated[Path | None, typer.Option(help="Where tiles are kept; default OUT.work.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    executor: Annotated[ExecutorName, typer.Option(help="inline: this process; ray: Ray Train.")] = ExecutorName.inline,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else a local Ray.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="With ray; 0: one each GPU, else one each core but one.")] = 0,
+    storage: Annotated[str | None, typer.Option(help="Where Ray Train keeps checkpoints: folder or s3://...")] = None,
+    architectures: Annotated[
+        str | None, typer.Option(help="A,B,C: train each and keep the one of lowest validation loss.")
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Try the combinations of [search] in train.toml with Ray Tune first.")
+    ] = False,
+    work: Annotated[Path | None, typer.Option(help="Where tiles and checkpoints are kept; default OUT.work.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Train a tile classifier on the train split, keep the epoch that is best on val, write a bundle."""
+    """Train a tile classifier on the train split, keep the epoch that is best on val, write a bundle.
+
+    Run again after an interruption: it goes on from its last checkpoint.
+    """
     from slideflow_ray.progress import to_stderr
-    from slideflow_ray.train.job import TrainJob
+    from slideflow_ray.train.spec import load_train, read_job
+
+    given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+    fit = {"architecture": architecture, "weights": weights, "freeze": freeze, "epochs": epochs}
+    fit |= {"batch_size": batch_size, "lr": lr, "seed": seed}
+    if preset or target:  # what is not typed stays as the preset or the file says
+        fit = {key: value for key, value in fit.items() if key in given}
+    crew = {"kind": executor.value, "address": address, "workers": workers, "storage": storage}
+    tile = {"tile_px": tile_px, "mpp": mpp}
+    if target is not None:
+        if beside := sorted(given - {"target", "architectures", "search", "overwrite", "as_json"}):
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+            raise ConfigError(f"{target} says everything; {options} beside it would be ignored.")
+        values = load_train(target)
+    else:
+        if cohort is None or out is None or classes is None:
+            raise ConfigError("Give train.toml, or --cohort, --out and --classes.", next_step="slideflow-ray train -h")
+        values = {
+            "cohort": str(cohort.absolute()),
+            "out": str(out.absolute()),
+            "work": str((work or out.with_name(out.name + ".work")).absolute()),
+            "classes": [name.strip() for name in classes.split(",")],
+            "tile": {key: value for key, value in tile.items() if not preset or key in given},
+            "fit": fit,
+            "crew": crew,
+            **({"preset": preset} if preset else {}),
+        }
+    job, grid = read_job({**values, **({"overwrite": True} if overwrite else {})}, str(target or "options"))
+    _finish_training(job, grid if search else None, architectures, to_stderr(), search=search, as_json=as_json)
+
+
+def _finish_training(
+    job: TrainJob, grid: Any, architectures: str | None, listen: Listener, *, search: bool, as_json: bool
+) -> None:
     from slideflow_ray.train.job import train as train_
 
-    values = {
-        "cohort": str(cohort.absolute()),
-        "out": str(out.absolute()),
-        "work": str((work or out.with_name(out.name + ".work")).absolute()),
-        "classes": tuple(name.strip() for name in classes.split(",")),
-        "tile": {"tile_px": tile_px, "mpp": mpp},
-        "fit": {"architecture": architecture, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed},
-        "overwrite": overwrite,
-    }
-    job = TrainJob.parse(values, "options")
-    typer.echo(train_(job, listen=to_stderr()).summary())
+    found: list[Any] = []
+    if search and architectures:
+        raise ConfigError("--search and --architectures are two trainings; give one of them.")
+    if search and grid is None:
+        raise ConfigError("--search needs a table [search] in train.toml: batch_size, lr, freeze.")
+    if search or architectures:
+        from slideflow_ray.train.choose import SearchSpec, choose
+        from slideflow_ray.train.choose import search as search_
+
+        if architectures:
+            result, found = choose(job, [name.strip() for name in architectures.split(",")], listen)
+        else:
+            result, found = search_(job, SearchSpec.parse(grid, "[search]"), listen)
+    else:
+        result = train_(job, listen)
+    if as_json:
+        typer.echo(json.dumps({**result.to_json(), "candidates": [c.to_json() for c in found]}))
+        return
+    for candidate in found:
+        said = ", ".join(f"{key} {value}" for key, value in candidate.settings.items())
+        typer.echo(f"{said}: val loss {candidate.loss:.4f}, accuracy {candidate.accuracy:.3f}")
+    typer.echo(result.summary())
 
 
 @app.command()

@@ -314,6 +314,11 @@ def load_train(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse_job(values: Mapping[str, Any], where: str) -> TrainJob:
-    """Return the job of `values`, which may name a preset. Raises ConfigError naming each bad key."""
-    return TrainJob.parse(with_preset(values, where), where)
+def read_job(values: Mapping[str, Any], where: str) -> tuple[TrainJob, dict[str, Any] | None]:
+    """Return the job of `values`, which may name a preset, and its table [search] if it has one.
+
+    Raises ConfigError naming each bad key.
+    """
+    given = with_preset(values, where)
+    grid = given.pop("search", None)
+    return TrainJob.parse(given, where), grid
