@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import torch
 
-from slideflow_ray.errors import ConfigError, DiskFull, InfrastructureError, SlideflowError
+from slideflow_ray.errors import ConfigError, DiskFull, InfrastructureError, NanScore, SlideflowError
 from slideflow_ray.execute.on_ray import connect
 from slideflow_ray.models.bundle import BundleCard
 from slideflow_ray.specs import ExecutorSpec
@@ -171,7 +171,10 @@ def _finish(trainer: Any, board: Any) -> Any:
     from ray.train import TrainingFailedError
 
     try:
-        return trainer.fit()
+        result = trainer.fit()
+        if (told := ray.get(board.error.remote())) is not None:
+            raise told
+        return result
     except TrainingFailedError as error:
         ours: SlideflowError | None = ray.get(board.error.remote())
         if ours is not None:
@@ -185,10 +188,12 @@ def _finish(trainer: Any, board: Any) -> Any:
 def _work(config: dict[str, Any]) -> None:
     """What each worker does: the loop, from the last checkpoint on."""
     board = config["board"]
-    if (error := ray.get(board.error.remote())) is not None:
-        raise error  # what cannot succeed is not tried again
+    if ray.get(board.error.remote()) is not None:
+        return  # what cannot succeed is not tried again; the driver raises it
     try:
         _loop(ray.get(config["task"]), board)
+    except (ConfigError, NanScore) as error:  # all workers come to these together, so none waits for another
+        ray.get(board.fail.remote(error))
     except SlideflowError as error:
         if not isinstance(error, InfrastructureError):
             ray.get(board.fail.remote(error))

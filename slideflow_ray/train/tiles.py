@@ -161,7 +161,7 @@ class ChunkTiles:
             lightest = load.index(min(load))
             parts[lightest].append((c, rows))
             load[lightest] += len(rows)
-        return [sorted(part, key=lambda pair: place[id(pair[0])]) for part in parts]
+        return [sorted(parts[i], key=lambda pair: place[id(pair[0])]) for i in rng.permutation(of)]
 
     def _mixed(
         self, mine: Sequence[tuple[LabelledChunk, Counts]], epoch: int, again: int, batch_size: int, seed: int
