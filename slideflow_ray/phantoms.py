@@ -95,7 +95,7 @@ NUCLEI: Final = {
     "stroma": _Nucleus((4.0, 6.5), (1.3, 2.0), 0.04, (90, 210), 17.0),
     "gland": _Nucleus((3.0, 4.4), (2.6, 3.7), 0.05, (80, 210), 10.5),
     "lymph": _Nucleus((2.6, 3.3), (2.5, 3.1), 0.04, (100, 215), 7.5),
-    "tumour": _Nucleus((4.4, 8.2), (3.6, 6.0), 0.16, (75, 195), 15.5),
+    "tumour": _Nucleus((4.4, 8.2), (3.6, 6.0), 0.16, (82, 212), 15.5),
 }
 
 
@@ -138,7 +138,7 @@ def _plan(rng: Random, size_px0: tuple[int, int], mpp0: float, tumour: bool) -> 
     tumours = _tumours(rng, tissue & ~fat, size_px0) if tumour else ()
     inside = _filled(tumours, (w, h))
     solid = tissue & ~fat
-    density = np.clip(0.59 + 0.20 * _smooth(rng, (w, h), 1.3 * cell), 0.35, 1.0) * inside
+    density = np.clip(0.54 + 0.20 * _smooth(rng, (w, h), 1.3 * cell), 0.35, 1.0) * inside
     lymph = _aggregates(rng, solid & ~inside, (w, h), cell)
     gland = np.clip(0.48 + 0.45 * _smooth(rng, (w, h), 1.1 * cell), 0, 1) * solid * ~inside * (1 - lymph)
     spread = np.clip(0.55 + 0.25 * _smooth(rng, (w, h), 2 * cell), 0.15, 1)
