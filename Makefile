@@ -4,13 +4,14 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/uv/bin/uv)
 BIN := .venv/bin
 PYTHON ?= python3
 
-.PHONY: setup demo test lint bench format lock wheel clean
+.PHONY: setup demo test accept lint bench format lock wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   the environment, in .venv"
 	@echo "make demo    phantom slides -> training -> scores -> report (five minutes at most)"
 	@echo "make test    the tests"
+	@echo "make accept  the figures that are promised, at full size (minutes); they go to accept/"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what is claimed about speed, files and memory (ten minutes)"
 
@@ -29,6 +30,9 @@ demo: setup
 # Two processes; the tests of one file stay together, and so do all that share the local Ray (tests/conftest.py).
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+accept: setup
+	$(BIN)/python -m pytest tests/accept -q -s
 
 lint: setup
 	$(BIN)/ruff check .

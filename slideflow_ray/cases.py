@@ -68,6 +68,11 @@ class Run:
     scheduler: Scheduler
 
     @cached_property
+    def identities(self) -> dict[str, str]:
+        """slide_id -> what the file is, as the run saw it."""
+        return {slide: o["identity"] for slide, o in self.outcomes.items() if o.get("identity")}
+
+    @cached_property
     def lone(self) -> frozenset[str]:
         """The patients that are slides whose patient the cohort does not name."""
         return frozenset(item.slide_id for item in self.items if not item.patient_id)

@@ -436,6 +436,38 @@ def cohort(
         raise typer.Exit(EXIT_FAILURES)
 
 
+class StratifyName(StrEnum):
+    """What a split keeps the shares of."""
+
+    label = "label"
+    none = "none"
+
+
+@app.command()
+def split(
+    cohort: Annotated[Path, typer.Argument(help="cohort.csv.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; with --folds OUT_fold0.csv and so on.")],
+    parts: Annotated[str | None, typer.Option(help="Parts for train:val:test, as 6:2:2 or 70/15/15.")] = None,
+    folds: Annotated[int | None, typer.Option(help="In place of parts: fold i is test, the next val.")] = None,
+    stratify: Annotated[StratifyName, typer.Option(help="label: each split gets its share.")] = StratifyName.label,
+    classes: Annotated[str, typer.Option(help="Labels from harmless to severe: normal,tumor")] = "",
+    seed: Annotated[int, typer.Option(help="Draws the split.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Split a cohort by patient, each class by its share; say how many slides and patients are where."""
+    from slideflow_ray.splits import describe, split_cohort, summary
+
+    order = tuple(name.strip() for name in classes.split(",") if name.strip())
+    how = {"parts": parts, "folds": folds, "stratify": stratify.value, "seed": seed}
+    done = split_cohort(cohort, out, how, classes=order, force=force)
+    if as_json:
+        typer.echo(json.dumps([{"out": str(path), **summary(items)} for path, items in done]))
+        return
+    for path, items in done:
+        typer.echo("\n".join([str(path), *(f"  {line}" for line in describe(items))]))
+
+
 @app.command()
 def phantoms(
     folder: Annotated[Path, typer.Argument(help="Where to write slides, annotations and cohort.csv.")],

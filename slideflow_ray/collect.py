@@ -10,7 +10,6 @@ import csv
 import hashlib
 import io
 import os
-import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,8 @@ from slideflow_ray import storage
 from slideflow_ray.errors import BadMpp, ConfigError, NoMpp, SlideError
 from slideflow_ray.identity import identity
 from slideflow_ray.slides import is_dicom, is_zarr, open_slide
-from slideflow_ray.specs import Modality
+from slideflow_ray.specs import Modality, parts_of
+from slideflow_ray.splits import Holding, split_of
 
 SUFFIXES: Final = frozenset(
     (".svs", ".tif", ".tiff", ".btf", ".tf8", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi")
@@ -30,7 +30,6 @@ SUFFIXES: Final = frozenset(
 """What a slide's name ends in; other files are opened only if they begin as DICOM does."""
 
 INNER: Final = re.compile(r"(?i)(?:\.ome)?(?:\.zarr)?\.(?:zip|zarr|tiff?|[a-z0-9]{2,7})$")
-SPLITS: Final = ("train", "val", "test")
 EXPECTED_COLUMNS: Final = ("slide_id", "uri", "file", "filename", "path", "name")
 ID_LENGTH: Final = 200
 SHOWN: Final = 10
@@ -111,7 +110,7 @@ def collect(
         its group `patient`, else its first group, else the whole match.
     expect : a CSV of what should be there, in its column slide_id, uri, file, filename,
         path or name (or the only one): a path, file name or stem of a slide.
-    split : parts for train, val and test, as 6:2:2; by patient, drawn by `seed`.
+    split : parts for train, val and test, as 6:2:2 or 70/15/15; by patient, drawn by `seed`.
 
     Files of the same bytes go into the same split. Raises ConfigError.
     """
@@ -120,14 +119,15 @@ def collect(
     if modality is not None and modality not in get_args(Modality):
         raise ConfigError(f"--modality {modality!r} is none of {', '.join(get_args(Modality))}.")
     search = _compiled(pattern)
-    weights = _weights(split)
+    if split is not None:
+        parts_of(split)
     wanted = read_expected(expect) if expect else ()
     places = tuple(_places(folder))
     opened = {path: _scale_of(path, modality) for path, _ in places if path is not None}
     good = [(path, n) for path, n in places if path is not None and opened[path][0]]
     slides = _found(folder, [path for path, _ in good], {p: scale for p, (_, scale) in opened.items()}, search)
-    if weights:
-        slides = split_by_patient(slides, weights, seed)
+    if split is not None and slides:
+        slides = split_by_patient(slides, split, seed)
     unreadable = {_name(folder, path): why for path, (fine, why) in opened.items() if not fine}
     bad = sum(n for path, n in places if path is not None and not opened[path][0])
     total = sum(n for _, n in places)
@@ -313,65 +313,14 @@ def _patient(search: re.Pattern[str] | None, name: str) -> str | None:
     return match[1 if search.groups else 0] or None
 
 
-def _weights(split: str | None) -> tuple[float, ...]:
-    if split is None:
-        return ()
-    try:
-        weights = tuple(float(part) for part in split.split(":"))
-    except ValueError:
-        weights = ()
-    if len(weights) != 3 or min(weights, default=-1) < 0 or not 0 < sum(weights) < float("inf"):
-        raise ConfigError(f"--split {split!r} is not three numbers for train, val and test, as 6:2:2.")
-    return weights
+def split_by_patient(slides: Sequence[Found], parts: str, seed: int) -> tuple[Found, ...]:
+    """Return the slides with a split each, as `splits.split_of` deals them out; a folder knows no labels.
 
-
-def split_by_patient(slides: Sequence[Found], weights: Sequence[float], seed: int) -> tuple[Found, ...]:
-    """Return the slides with a split each: patients in an order drawn by `seed`, cut by largest remainders.
-
-    Slides of one patient, and slides of the same bytes, are never parted; a slide
-    without a patient is a patient of its own. A split of positive weight gets a patient
-    before another gets its second.
+    Slides of one patient, and slides of the same bytes, are never parted.
     """
-    groups = _bound_together(slides)
-    order = sorted(set(groups.values()))
-    random.Random(seed).shuffle(order)
-    counts = shares(len(order), weights)
-    names = [name for name, n in zip(SPLITS, counts, strict=True) for _ in range(n)]
-    split = dict(zip(order, names, strict=True))
-    return tuple(replace(s, split=split[groups[s.slide_id]]) for s in slides)
-
-
-def _bound_together(slides: Sequence[Found]) -> dict[str, str]:
-    """Return for each slide the name of its group: one patient's slides, and those of patients who share bytes."""
-    leader: dict[str, str] = {}
-
-    def top(key: str) -> str:
-        while leader.setdefault(key, key) != key:
-            key = leader[key]
-        return key
-
-    own = {s.slide_id: f"patient {s.patient}" if s.patient else f"slide {s.slide_id}" for s in slides}
-    for slide in slides:
-        first, second = sorted((top(own[slide.slide_id]), top(f"~{slide.identity}")))
-        leader[second] = first
-    return {slide_id: top(key) for slide_id, key in own.items()}
-
-
-def shares(n: int, weights: Sequence[float]) -> list[int]:
-    """Return how many of `n` each weight gets: at least one where there are enough, the rest by largest remainders.
-
-    >>> shares(10, (6, 2, 2)), shares(3, (8, 1, 1)), shares(2, (6, 2, 2)), shares(7, (1, 1, 0))
-    ([6, 2, 2], [1, 1, 1], [1, 1, 0], [4, 3, 0])
-    """
-    exact = [n * weight / sum(weights) for weight in weights]
-    counts = [int(value) for value in exact]
-    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: n - sum(counts)]:
-        counts[i] += 1
-    for i, weight in enumerate(weights):
-        richest = counts.index(max(counts))
-        if weight > 0 and counts[i] == 0 and counts[richest] > 1:
-            counts[i], counts[richest] = 1, counts[richest] - 1
-    return counts
+    held = [Holding(s.slide_id, s.patient, s.identity) for s in slides]
+    split = split_of(held, parts=parts, seed=seed, stratify="none")
+    return tuple(replace(s, split=split[s.slide_id]) for s in slides)
 
 
 # what should be there

@@ -10,7 +10,8 @@ from slideflow_ray.results import Evaluation, with_interval
 from slideflow_ray.specs import RunSpec
 
 SLIDES = 18
-TILE_PX, MPP = 128, 1.0
+TILE_PX, MPP = 64, 1.0
+EPOCHS = 6
 
 
 def demo(out: Path, executor: str = "ray", seed: int = 0, listen: Listener | None = None) -> str:
@@ -34,7 +35,8 @@ def demo(out: Path, executor: str = "ray", seed: int = 0, listen: Listener | Non
         "classes": ("normal", "tumor"),
         "tile": {"tile_px": TILE_PX, "mpp": MPP},
         "overwrite": True,  # the demo's own folder, made anew each time
-        "fit": {"architecture": "small-cnn", "epochs": 10, "seed": seed},
+        "labels": {"rule": "fraction", "fraction": 0.75},  # of tiles at a border, most belong to neither side
+        "fit": {"architecture": "small-cnn", "epochs": EPOCHS, "seed": seed},
     }
     trained = train(TrainJob.parse(values, "demo"), listen=listen)
     spec = {

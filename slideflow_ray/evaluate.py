@@ -117,7 +117,7 @@ def evaluate(
     if slide_score not in get_args(SlideScore):
         raise ConfigError(f"{slide_score!r} is no score of a slide: use {', '.join(get_args(SlideScore))}.")
     run = read_run(Path(out), names or {}, scheduler, labels)
-    check_splits(run.items, _identities(run))
+    check_splits(run.items, run.identities)
     with lease(run.out):
         settings = Settings(rule, slide_score, seed, resamples)
         done = [_evaluate_model(run, model, settings) for model in run.models]
@@ -137,12 +137,6 @@ def _together(found: Sequence[Evaluation], labels: str) -> Evaluation:
         notes=notes if found else ("The run had no classifier, so there is nothing to evaluate.",),
         labels=labels,
     )
-
-
-def _identities(run: Run) -> dict[str, str]:
-    """slide_id -> what the file is: what the run saw, else what the cohort says."""
-    said = {i.slide_id: f"sha256:{i.sha256.lower()}" for i in run.items if i.sha256}
-    return said | {slide: o["identity"] for slide, o in run.outcomes.items() if o.get("identity")}
 
 
 @dataclass(frozen=True)

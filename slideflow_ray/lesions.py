@@ -36,7 +36,7 @@ from slideflow_ray import aggregate, storage
 from slideflow_ray.aggregate import Part, Scheduler
 from slideflow_ray.annotations import even_odd, named, read_annotation, together_px0
 from slideflow_ray.cases import Model, Run, parts_of, read_run, truth_of
-from slideflow_ray.cohort import Item
+from slideflow_ray.cohort import Item, check_splits
 from slideflow_ray.geometry import scale_of
 from slideflow_ray.lease import lease
 from slideflow_ray.metrics import FROC_FALSE_POSITIVES, Froc, Interval, Sparse, auc_interval, froc, rank_auc
@@ -452,9 +452,10 @@ def camelyon16(
     """Evaluate the lesions and slides of a run by CAMELYON16's rules; write froc.json and its tables.
 
     names : further names of annotations -> a class of the model. seed : of the forest and the intervals.
-    Raises ConfigError (no run), AnnotationError, CorruptStore, LeaseError while a run is under way.
+    Raises ConfigError (no run), SplitLeakError, AnnotationError, CorruptStore, LeaseError while a run is under way.
     """
     run = read_run(Path(out), names, scheduler)
+    check_splits(run.items, run.identities)
     found: list[LesionResult] = []
     notes: list[str] = []
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}

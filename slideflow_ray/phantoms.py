@@ -73,6 +73,9 @@ class _Plan:
     fat: Plane
     eosin: Plane
     blur: Plane
+    thick: Plane
+    dye: Plane
+    weave: Plane
     sown: dict[str, Plane]
     tumours: tuple[Tumour, ...]
 
@@ -89,10 +92,10 @@ class _Nucleus:
 
 
 NUCLEI: Final = {
-    "stroma": _Nucleus((4.0, 6.5), (1.3, 2.0), 0.04, (120, 190), 17.0),
-    "gland": _Nucleus((3.2, 5.2), (2.8, 4.2), 0.09, (105, 190), 11.5),
-    "lymph": _Nucleus((2.6, 3.3), (2.5, 3.1), 0.04, (150, 215), 7.5),
-    "tumour": _Nucleus((3.4, 5.9), (2.9, 4.6), 0.125, (105, 195), 12.0),
+    "stroma": _Nucleus((4.0, 6.5), (1.3, 2.0), 0.04, (90, 210), 17.0),
+    "gland": _Nucleus((3.0, 4.4), (2.6, 3.7), 0.05, (80, 210), 10.5),
+    "lymph": _Nucleus((2.6, 3.3), (2.5, 3.1), 0.04, (100, 215), 7.5),
+    "tumour": _Nucleus((4.4, 8.2), (3.6, 6.0), 0.16, (82, 212), 15.5),
 }
 
 
@@ -131,28 +134,35 @@ def _plan(rng: Random, size_px0: tuple[int, int], mpp0: float, tumour: bool) -> 
     w, h = (-(-length // COARSE) for length in size_px0)
     tissue = _pieces(rng, (w, h))
     cell = 130.0 / (mpp0 * COARSE)
-    fat = (_smooth(rng, (w, h), 3.0 * cell) > 1.25) & tissue
+    fat = (_smooth(rng, (w, h), 3.0 * cell) > 1.6) & tissue
     tumours = _tumours(rng, tissue & ~fat, size_px0) if tumour else ()
     inside = _filled(tumours, (w, h))
     solid = tissue & ~fat
-    density = np.clip(0.55 + 0.36 * _smooth(rng, (w, h), 1.3 * cell), 0.06, 1.0) * inside
+    density = np.clip(0.54 + 0.20 * _smooth(rng, (w, h), 1.3 * cell), 0.35, 1.0) * inside
     lymph = _aggregates(rng, solid & ~inside, (w, h), cell)
-    gland = (_smooth(rng, (w, h), 0.9 * cell) > 0.75) & solid & ~inside & (lymph < 0.5)
+    gland = np.clip(0.48 + 0.45 * _smooth(rng, (w, h), 1.1 * cell), 0, 1) * solid * ~inside * (1 - lymph)
     spread = np.clip(0.55 + 0.25 * _smooth(rng, (w, h), 2 * cell), 0.15, 1)
+    cells = density + gland
     sown = {
-        "stroma": spread * solid * (1 - 0.75 * density) * (1 - lymph) * np.where(gland, 0.4, 1),
-        "gland": np.where(gland, 0.9, 0.03 * solid).astype(np.float32),
-        "lymph": np.maximum(lymph, 0.02 * solid + 0.08 * inside),
-        "tumour": density + 0.12 * gland,
+        "stroma": spread * solid * (1 - 0.75 * cells) * (1 - lymph),
+        "gland": gland + 0.03 * inside,
+        "lymph": np.maximum(lymph, 0.04 * solid),
+        "tumour": density + 0.05 * gland,
     }
-    eosin = np.clip(0.62 + 0.13 * _smooth(rng, (w, h), 1.5 * cell), 0.25, 1) - 0.18 * lymph - 0.08 * density
-    blur = np.clip(0.07 + 0.04 * _smooth(rng, (w, h), 2 * cell) + 0.10 * lymph + 0.05 * density + 0.05 * gland, 0, 1)
+    thick = np.clip(1 + 0.2 * _smooth(rng, (w, h), 1.5 * cell), 0.5, 1.5)
+    dye = np.clip(1 + 0.25 * _smooth(rng, (w, h), 1.2 * cell), 0.5, 1.5)
+    weave = np.clip(1.2 + 0.7 * _smooth(rng, (w, h), 1.2 * cell), 0.2, 2.6)
+    eosin = np.clip(0.58 + 0.13 * _smooth(rng, (w, h), 1.5 * cell), 0.25, 1) - 0.18 * lymph - 0.06 * cells
+    blur = np.clip(0.07 + 0.04 * _smooth(rng, (w, h), 2 * cell) + 0.10 * lymph + 0.05 * cells, 0, 1)
     kept = {name: np.asarray(field, np.float32) for name, field in sown.items()}
     return _Plan(
         tissue.astype(np.float32) * ~fat,
         fat.astype(np.float32),
         np.asarray(eosin, np.float32),
         np.asarray(blur, np.float32),
+        np.asarray(thick, np.float32),
+        np.asarray(dye, np.float32),
+        np.asarray(weave, np.float32),
         kept,
         tumours,
     )
@@ -161,14 +171,19 @@ def _plan(rng: Random, size_px0: tuple[int, int], mpp0: float, tumour: bool) -> 
 def _pieces(rng: Random, size: tuple[int, int]) -> Mask:
     """Return one or two lopsided pieces of tissue, away from the edge of the slide."""
     w, h = size
-    centre = np.array([w * rng.uniform(0.40, 0.46), h * rng.uniform(0.46, 0.54)])
+    centre = np.array([w * rng.uniform(0.42, 0.47), h * rng.uniform(0.46, 0.54)])
     image = Image.new("1", size)
     draw = ImageDraw.Draw(image)
-    draw.polygon(_points(centre + _blob(rng, 0.36 * np.array([w, h]), 0.16)), fill=1)
+    draw.polygon(_points(_inside(centre + _blob(rng, 0.38 * np.array([w, h]), 0.12), size)), fill=1)
     if rng.random() < 0.6:
         second = np.array([w * 0.87, h * rng.uniform(0.25, 0.75)])
-        draw.polygon(_points(second + _blob(rng, np.array([0.08 * w, 0.17 * h]), 0.12)), fill=1)
+        draw.polygon(_points(_inside(second + _blob(rng, np.array([0.08 * w, 0.17 * h]), 0.12), size)), fill=1)
     return np.asarray(image)
+
+
+def _inside(ring: Ring, size: tuple[int, int]) -> Ring:
+    """Return `ring` with its points drawn in to 3 % from the edge of the slide."""
+    return np.clip(ring, 0.03 * np.array(size), 0.97 * np.array(size))
 
 
 def _blob(rng: Random, radius: npt.NDArray[np.float64], rough: float, points: int = 72) -> Ring:
@@ -200,20 +215,29 @@ def _tumours(rng: Random, tissue: Mask, size_px0: tuple[int, int]) -> tuple[Tumo
     """Return up to three tumours deep in the tissue, apart from each other; the first has a hole."""
     free = tissue.copy()
     found: list[Tumour] = []
-    for number in range(int(rng.integers(2, 4))):
+    for number in range(int(rng.integers(3, 6))):
         depth = _depth(free)
         reach = float(depth.max())
         if reach < 5:
             break
-        deep = np.argwhere(depth >= 0.8 * reach)
-        row, col = deep[int(rng.integers(len(deep)))]
-        radius = float(depth[row, col]) * rng.uniform(0.85, 1.1) * (1.0 if number == 0 else 0.8)
+        places = np.argwhere((depth >= 0.1 * reach) & (depth <= 0.6 * reach))
+        row, col = places[int(rng.integers(len(places)))]
+        radius = reach * rng.uniform(0.7, 0.9)
         centre = np.array([col + 0.5, row + 0.5]) * COARSE
-        outline = centre + _blob(rng, np.full(2, radius * COARSE), 0.13, 48)
-        hole = centre + _blob(rng, np.full(2, 0.3 * radius * COARSE), 0.08, 24) if number == 0 else None
+        outline = _within(tissue, centre, _blob(rng, np.full(2, radius * COARSE), 0.13, 48))
+        inner = min(0.3 * radius * COARSE, 0.5 * float(np.hypot(*(outline - centre).T).min()))
+        hole = centre + _blob(rng, np.full(2, inner), 0.08, 24) if number == 0 else None
         found.append(Tumour(*(_in_slide(ring, size_px0) if ring is not None else None for ring in (outline, hole))))  # type: ignore[arg-type]
         free &= ~_disk(free.shape, (float(col), float(row)), 1.45 * radius)
     return tuple(found)
+
+
+def _within(tissue: Mask, centre: Ring, ring: Ring) -> Ring:
+    """Return `ring` around `centre` in px0, each of its points drawn in to the first border of tissue on its way."""
+    steps = np.linspace(0, 1, 65)[:, None, None]
+    way = np.clip(((centre + steps * ring) // COARSE).astype(np.int64), 0, np.array(tissue.shape[::-1]) - 1)
+    on = np.logical_and.accumulate(tissue[way[..., 1], way[..., 0]], axis=0)
+    return np.asarray(centre + ring * np.maximum(on.sum(axis=0) - 1, 1)[:, None] / 64)
 
 
 def _in_slide(ring: Ring, size_px0: tuple[int, int]) -> Ring:
@@ -250,7 +274,8 @@ def _aggregates(rng: Random, where: Mask, size: tuple[int, int], cell: float) ->
     out = np.zeros((size[1], size[0]), np.float32)
     places = np.argwhere(where)
     y, x = np.ogrid[: size[1], : size[0]]
-    for _ in range(int(rng.integers(3, 8)) if len(places) else 0):
+    area_mm2 = len(places) * (0.13 / cell) ** 2
+    for _ in range(max(1, round(rng.uniform(1.5, 4) * area_mm2)) if len(places) else 0):
         row, col = places[int(rng.integers(len(places)))]
         radius = cell * rng.uniform(0.7, 1.9)
         distance = np.hypot(x - col, (y - row) * rng.uniform(0.8, 1.25))
@@ -265,11 +290,15 @@ def _paint(rng: Random, plan: _Plan, size_px0: tuple[int, int], mpp0: float) -> 
     """Return the slide's pixels, uint8, shape (h, w, 3)."""
     tissue = np.clip(2.5 * (_large(_soft(plan.tissue), size_px0) - 0.3), 0, 1)
     fibres = _tiled(_fibres(rng, 512), size_px0)
-    eosin = (255 * _large(plan.eosin, size_px0) * tissue * (0.80 + 0.20 * fibres)).clip(0, 255).astype(np.uint8)
-    haem = (255 * _large(plan.blur, size_px0) * tissue * (0.8 + 0.35 * fibres)).clip(0, 255).astype(np.uint8)
+    weave = _large(plan.weave, size_px0) * fibres
+    eosin = (255 * _large(plan.eosin, size_px0) * tissue * (0.80 + 0.20 * weave)).clip(0, 255).astype(np.uint8)
+    haem = (255 * _large(plan.blur, size_px0) * tissue * (0.8 + 0.35 * weave)).clip(0, 255).astype(np.uint8)
     _add_fat(rng, eosin, plan.fat, mpp0)
     for kind, field in plan.sown.items():
         _sow(rng, haem, NUCLEI[kind], field, mpp0)
+    thick = _large(plan.thick, size_px0)
+    eosin = np.minimum(eosin * thick, 255).astype(np.uint8)
+    haem = np.minimum(haem * (thick * _large(plan.dye, size_px0)), 255).astype(np.uint8)
     colours = _colours(rng)
     rgb = colours[haem.astype(np.uint16) * 256 + eosin]
     noise = _tiled(rng.integers(-3, 4, (509, 509, 3)).astype(np.int16), size_px0)

@@ -221,6 +221,45 @@ class LabelSpec(Spec):
     names: dict[str, str] = {}
 
 
+def parts_of(text: str) -> tuple[float, float, float]:
+    """Return the weights of train, val and test. Raises ConfigError.
+
+    >>> parts_of("6:2:2"), parts_of("70/15/15")
+    ((6.0, 2.0, 2.0), (70.0, 15.0, 15.0))
+    """
+    try:
+        weights = tuple(float(part) for part in text.replace("/", ":").split(":"))
+    except ValueError:
+        weights = ()
+    if len(weights) != 3 or min(weights, default=-1) < 0 or not 0 < sum(weights) < float("inf"):
+        raise ConfigError(f"{text!r} is not three numbers for train, val and test, as 6:2:2 or 70/15/15.")
+    return weights
+
+
+class SplitSpec(Spec):
+    """How a cohort is split by patient, in place of its column `split`; with neither key, that column holds.
+
+    parts : shares of train, val and test, as 6:2:2 or 70/15/15.
+    folds : number of folds: `fold` is test, the next one is val, the rest train.
+    """
+
+    parts: str | None = None
+    folds: Annotated[int, Field(ge=3)] | None = None
+    fold: Annotated[int, Field(ge=0)] = 0
+    seed: int = 0
+    stratify: Literal["label", "none"] = "label"
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.parts is not None:
+            parts_of(self.parts)
+        if self.parts is not None and self.folds is not None:
+            raise ValueError("give parts or folds, not both")
+        if self.fold and self.fold >= (self.folds or 1):
+            raise ValueError(f"fold {self.fold} of {self.folds or 'no'} folds; they count from 0")
+        return self
+
+
 class RunSpec(Spec):
     """Everything a run is told (run.toml).
 

@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     ["errors", "events", "geometry", "specs"],
-    ["storage", "identity", "cohort", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
+    ["storage", "identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["packs", "planes", "layout", "pipeline"],
     ["execute", "aggregate"],
@@ -144,6 +144,7 @@ def test_doctests_of_the_light_modules_run():
         "cases",
         "phantoms",
         "collect",
+        "splits",
     ):
         result = doctest.testmod(importlib.import_module(f"slideflow_ray.{name}"))
         assert result.failed == 0

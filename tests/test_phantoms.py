@@ -11,6 +11,7 @@ import numpy as np
 import openslide
 import pytest
 import shapely
+from colour import aucs, features, phantom_tiles
 from shapely.geometry import shape
 
 from slideflow_ray import phantoms
@@ -168,3 +169,22 @@ def test_marks(tmp_path):
     with open_slide(str(tmp_path / "m.tif")) as reader:
         for index, level in enumerate(levels):
             np.testing.assert_array_equal(reader.read(index, (0, 0), reader.levels[index].size), level)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tumour_is_no_matter_of_colour(tmp_path, seed):
+    """The slides of the demo are drawn from these seeds too; tests/accept judges them at their full size."""
+    first = seed * 10_000
+    parts = [phantom_tiles(tmp_path, range(first + a, first + b), (2048, 1536), 64) for a, b in ((0, 14), (14, 24))]
+    assert all(0.1 < truth.mean() < 0.5 for _, truth in parts)
+    found = aucs(*parts)
+    assert max(found.values()) <= 0.75, found
+
+
+def test_the_judge_of_colour_sees_colour():
+    rng = np.random.default_rng(0)
+    truth = rng.random(400) < 0.3
+    tiles = rng.integers(100, 150, (400, 8, 8, 3)) + 4 * truth[:, None, None, None]
+    found = features(tiles.astype(np.uint8))
+    assert found[:, 6:].sum(axis=1) == pytest.approx(3)
+    assert min(aucs((found[:200], truth[:200]), (found[200:], truth[200:])).values()) > 0.9
