@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torchvision.transforms import v2
 
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.train.spec import AugmentSpec
+
+if TYPE_CHECKING:
+    # Imported late below: it takes five seconds, and only the processes that augment need it.
+    from torchvision.transforms import v2
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -35,11 +38,17 @@ def augmentation(spec: AugmentSpec | None = None) -> v2.Transform | None:
     so many get noise and stain jitter too. It draws from torch's global generator, which `augment` seeds.
     """
     spec = spec or AugmentSpec()
+    if spec.changes_nothing:
+        return None
+    from torchvision.transforms import v2
+
     steps = [*_geometry(spec), *_colour(spec)]
     return v2.Compose(steps) if steps else None
 
 
 def _geometry(spec: AugmentSpec) -> list[Any]:
+    from torchvision.transforms import v2
+
     steps: list[Any] = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()] if spec.flip else []
     if spec.turn:
         steps.append(v2.RandomChoice([v2.Lambda(partial(_turn, quarters)) for quarters in range(4)]))
@@ -52,6 +61,8 @@ def _geometry(spec: AugmentSpec) -> list[Any]:
 
 
 def _colour(spec: AugmentSpec) -> list[Any]:
+    from torchvision.transforms import v2
+
     steps: list[Any] = []
     if spec.brightness or spec.contrast or spec.saturation:
         steps.append(v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation))
@@ -70,6 +81,8 @@ def _turn(quarters: int, tile: torch.Tensor) -> torch.Tensor:
 
 def _move(move: v2.Transform, tile: torch.Tensor) -> torch.Tensor:
     """Move a tile within its own mirror images, so that nothing black comes in from outside."""
+    from torchvision.transforms import v2
+
     side = tile.shape[-1]
     wide = v2.functional.pad(tile, [side // 2] * 4, padding_mode="reflect")
     moved: torch.Tensor = v2.functional.center_crop(move(wide), [side, side])
