@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +16,11 @@ from slideflow_ray.annotations import slide_labels
 from slideflow_ray.cohort import Item, check_splits, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import EpochTrained, Listener, Noted, silent
-from slideflow_ray.identity import Identities
 from slideflow_ray.models.bundle import BundleCard, write_bundle
 from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec, digest
+from slideflow_ray.splits import identities_of, lone_note, with_splits
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
 from slideflow_ray.train.crew import Crew
@@ -289,13 +288,15 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
 
     Raises ConfigError, SplitLeakError.
     """
-    everyone = read_cohort(job.cohort)
+    everyone = _split(job, listen)
     items = [item for item in everyone if item.split in ("train", "val")]
     if not any(item.split == "train" for item in items):
-        raise ConfigError(f"{job.cohort} has no rows with split = train.")
+        raise ConfigError(
+            f"{job.cohort} has no rows with split = train.",
+            next_step="slideflow-ray split COHORT.csv --parts 6:2:2 --out SPLIT.csv, or a table [split] in train.toml.",
+        )
     context, result = _tile(job, items, listen)
     identities = {ended.slide_id: ended.identity for ended in result.ended}
-    _check_leaks(job, everyone, items, identities)
     chunks: Chunks = {
         split: _labelled(job, context, [i for i in items if i.split == split], result) for split in ("train", "val")
     }
@@ -303,25 +304,19 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
     return Data(context, chunks, identities)
 
 
-def _check_leaks(job: TrainJob, everyone: Sequence[Item], items: Sequence[Item], known: Mapping[str, str]) -> None:
-    """Refuse a file of train or val that is the same as one of test, byte for byte.
-
-    A test slide is looked into only if it has the size of another: files of other sizes differ.
-    """
-    sizes = {_size(item) for item in items} - {-1}
-    rest = [item for item in everyone if item.split == "test" and _size(item) in sizes]
-    notes = Identities(Path(job.work) / ".cache" / "test_identities.json")
-    found = {item.slide_id: notes.of(item.uri) for item in rest}
-    notes.save()
-    check_splits([*items, *rest], {**known, **found})
-
-
-def _size(item: Item) -> int:
-    try:
-        path = storage.local_path(item.uri)
-        return os.stat(path).st_size if path.is_file() else -1
-    except OSError:
-        return -1
+def _split(job: TrainJob, listen: Listener) -> list[Item]:
+    """The cohort with the job's own split, or that of its column; no patient and no file, test's too, on two sides."""
+    own = job.split.parts is not None or job.split.folds is not None
+    items = read_cohort(job.cohort, check=not own)
+    identities = identities_of(items)
+    if own:
+        everyone = with_splits(items, **job.split.model_dump(), classes=job.classes, identities=identities)
+    else:
+        everyone = list(items)
+        check_splits(everyone, identities)
+    if note := lone_note(everyone):
+        listen(Noted(note))
+    return everyone
 
 
 def _tile(job: TrainJob, items: Sequence[Item], listen: Listener) -> tuple[Context, RunResult]:

@@ -16,6 +16,7 @@ from slideflow_ray.specs import (
     Positive,
     Precision,
     Spec,
+    SplitSpec,
     StoreSpec,
     TileSpec,
     TissueSpec,
@@ -181,6 +182,7 @@ class TrainJob(Spec):
     executor: ExecutorSpec = ExecutorSpec()
     crew: CrewSpec = CrewSpec()
     labels: LabelSpec = LabelSpec(rule="fraction")
+    split: SplitSpec = SplitSpec()
     sample: SampleSpec = SampleSpec()
     licence: str = "unknown"
     overwrite: bool = False

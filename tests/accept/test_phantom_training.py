@@ -45,7 +45,7 @@ def tiles(out: Path, items: list[Item]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([f for f, _ in found]), np.concatenate([t for _, t in found])
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_training_learns_what_colour_cannot_tell(tmp_path, seed):
     cohort = write_cohort(tmp_path / "cohort", slides=SLIDES, seed=seed)
     job = {
