@@ -260,9 +260,7 @@ def test_hard_tiles_of_a_run_come_more_often(cohort, tmp_path, work, monkeypatch
         total += int((c.labels >= 0).sum())
     assert 0 < hard < total
     assert any(note.startswith(f"{hard} of {total} training tiles are hard") for note in notes)
-    other = make(
-        cohort, tmp_path, work=str(work), out=str(tmp_path / "b"), tile={"tile_px": 40, "mpp": 1.0}, sample=job.sample
-    )
+    other = make(cohort, tmp_path / "b", work=str(work), tile={"tile_px": 40, "mpp": 1.0}, sample=job.sample)
     with pytest.raises(ConfigError, match="scored none of the training tiles"):
         train(other)
 
