@@ -17,6 +17,16 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class VersionChosen:
+    """A run was given a model's folder and takes the version that is in service now, `digest` at `path`."""
+
+    model: str
+    digest: str
+    since: str
+    path: str
+
+
+@dataclass(frozen=True)
 class SlidePlanned:
     """A slide's grid is committed; `todo` of its `tiles` still need a forward pass."""
 
@@ -92,7 +102,17 @@ class RunFinished:
     seconds: float
 
 
-Event = RunStarted | SlidePlanned | ChunkScored | SlideDone | SlideFailed | WorkerDied | EpochTrained | RunFinished
+Event = (
+    RunStarted
+    | VersionChosen
+    | SlidePlanned
+    | ChunkScored
+    | SlideDone
+    | SlideFailed
+    | WorkerDied
+    | EpochTrained
+    | RunFinished
+)
 Listener = Callable[[Event], None]
 
 
