@@ -27,7 +27,7 @@ from slideflow_ray.specs import Spec
 SCHEMA = 1
 TEMPERATURE = "temperature.json"
 LOWEST, HIGHEST = 0.01, 100.0
-"""Temperatures lie between these; validation that every tile is right on would have it fall without end."""
+"""Temperatures lie between these."""
 
 
 class Fit(Spec):
@@ -112,22 +112,31 @@ def fit_model(run: Run, model: Model, split: str) -> Calibration | None:
         return None
     t = temperature(rows)
     test = tile_rows(run, model, JUDGED)
-    at_end = t < LOWEST * 1.01 or t > HIGHEST / 1.01
     return Calibration(
         model=model.node,
         name=model.name,
         temperature=t,
         fitted=(fit_of(rows, 1.0, split), fit_of(rows, t, split)),
         test=(fit_of(test, 1.0, JUDGED), fit_of(test, t, JUDGED)) if len(test) else None,
-        note="It lies at the end of what is allowed: validation has no best temperature." if at_end else "",
+        note=_note(rows, t),
     )
+
+
+def _note(rows: Rows, t: float) -> str:
+    if bool(rows.right().all()):
+        return "No tile of validation is called wrongly, so there is no best temperature: it stays 1."
+    at_end = t < LOWEST * 1.01 or t > HIGHEST / 1.01
+    return "It lies at the end of what is allowed, so validation has no best temperature." if at_end else ""
 
 
 def temperature(rows: Rows) -> float:
     """Return the temperature of least mean negative log likelihood, between LOWEST and HIGHEST.
 
     The loss is convex in 1/T (a log-sum-exp of linear functions), so a bounded search over log T finds its least.
+    Where every row is called rightly the loss falls with T without end, and the temperature is 1.
     """
+    if bool(rows.right().all()):
+        return 1.0
     from scipy.optimize import minimize_scalar
 
     def loss(log_t: float) -> float:

@@ -372,6 +372,9 @@ def cohort(
         raise typer.Exit(EXIT_FAILURES)
 
 
+_MEAN, _STD = "0.485,0.456,0.406", "0.229,0.224,0.225"
+
+
 class PromoteRule(StrEnum):
     """What a candidate must be better by."""
 
@@ -477,6 +480,59 @@ def calibrate(
         typer.echo(json.dumps({"models": [one.model_dump(mode="json") for one in found], "notes": notes}))
     else:
         typer.echo("\n".join([*(one.sentence for one in found), *notes]))
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A state dict: .pth, .pt, .bin or .safetensors.")],
+    architecture: Annotated[str | None, typer.Option(help="small-cnn, torchvision:NAME or timm:NAME.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Class names in the network's order: normal,tumor")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The bundle to write (a folder).")] = None,
+    task: Annotated[str, typer.Option(help="classify, multilabel or features.")] = "classify",
+    tile_px: Annotated[int, typer.Option(min=8, help="Tile size in pixels at --mpp.")] = 224,
+    mpp: Annotated[float | None, typer.Option(help="um per pixel of the tiles.")] = None,
+    whole: Annotated[str | None, typer.Option(help="Instead of --mpp, for images in one piece: squash or pad.")] = None,
+    mean: Annotated[str, typer.Option(help="Of red, green and blue, 0 to 1; default: ImageNet's.")] = _MEAN,
+    std: Annotated[str, typer.Option(help="Of red, green and blue; default: ImageNet's.")] = _STD,
+    arguments: Annotated[str, typer.Option(help="The architecture's own, as JSON.")] = "{}",
+    licence: Annotated[str, typer.Option(help="Of the weights.")] = "unknown",
+    as_weights: Annotated[
+        Path | None, typer.Option(help="Write only FILE.safetensors with all tensors, for train --weights.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
+) -> None:
+    """Make a bundle of a foreign weights file, opened in a limited process of its own."""
+    from slideflow_ray.models.convert import as_weights as as_weights_
+    from slideflow_ray.models.convert import card_of
+    from slideflow_ray.models.convert import convert as convert_
+
+    if as_weights is not None:
+        typer.echo(as_weights_(file, as_weights).summary())
+        return
+    if architecture is None or out is None or (classes is None and task != "features"):
+        raise ConfigError("--architecture, --classes and --out are needed.", next_step="slideflow-ray convert --help")
+    values = {
+        "name": out.absolute().name,
+        "task": task,
+        "architecture": architecture,
+        "arguments": _json(arguments, "--arguments"),
+        "classes": tuple(name.strip() for name in (classes or "").split(",") if name.strip()),
+        "tile_px": tile_px,
+        "mpp": mpp,
+        "whole": whole,
+        "mean": tuple(mean.split(",")),
+        "std": tuple(std.split(",")),
+        "licence": licence,
+        "description": f"converted from {file.name}",
+    }
+    typer.echo(convert_(file, card_of({"schema": 1, **values}), out, overwrite=overwrite).summary())
+
+
+def _json(text: str, option: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r} is not JSON: {error}.") from error
 
 
 @app.command()

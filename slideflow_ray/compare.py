@@ -63,7 +63,8 @@ class Measured(Spec):
 class Contestant(Spec):
     """A bundle that is compared. `label` is its name, with its digest where two have one name.
 
-    forward : its forward digest ("digest" in the file); tiles_per_second : of the forward pass alone on this machine, under the run's compute profile.
+    forward : its forward digest ("digest" in the file); tiles_per_second : of the forward pass alone on this machine,
+    under the run's compute profile.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

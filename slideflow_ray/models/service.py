@@ -30,8 +30,8 @@ VERSIONS = "versions"
 class Version(Spec):
     """A bundle that is, or was, in service.
 
-    forward : the forward digest ("digest" in the file); card : SHA-256 of bundle.json, so the two cover the bundle; path : its folder, relative
-    to the model's where it lies inside; since : when it came into service, UTC, ISO 8601.
+    forward : the forward digest ("digest" in the file); card : SHA-256 of bundle.json, so the two cover the bundle;
+    path : its folder, relative to the model's where it lies inside; since : when it came into service, UTC, ISO 8601.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
