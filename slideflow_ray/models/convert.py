@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,17 +118,18 @@ def _wrong(path: Path, kind: str, text: str, megabytes: int) -> BundleError:
     if kind in ("memory", "size"):
         more = f": {line}" if kind == "size" else ""
         return _over(path, f"the {megabytes:,} MB that a file of its size may take{more}")
-    if "Unsupported global" in text or "Unsupported class" in text or "Unsupported operand" in text:
-        _, _, after = line.partition("GLOBAL ")
-        named = after.split(" ")[0] if after else "something else"
+    if found := re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|operand|global)", line):
+        named = found.group(1) or "something else"
         return BundleError(
             f"{path} wants to run code ({named}) or holds a whole model; only plain tensors are taken.",
             next_step=PLAIN,
         )
     if kind == "ValueError":
         return BundleError(f"{path} is no state dict: {line}.", next_step=PLAIN)
+    # torch's own text advises to open such a file without care, so it is not passed on
+    why = f" ({line[:200]})" if "weights_only" not in line else ""
     return BundleError(
-        f"{path} cannot be opened as weights, it is cut off or no such file: {line[:300]}.",
+        f"{path} cannot be opened as weights: it is cut off, or is no file of weights{why}.",
         next_step=f"Copy it again from its source. {PLAIN}",
     )
 
