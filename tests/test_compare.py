@@ -181,7 +181,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     judged.write_cohort(folder)
     judged.bundle(folder / "good")
-    judged.bundle(folder / "noisy", noise=3.0)
+    judged.bundle(folder / "noisy", noise=0.8)
     judged.bundle(folder / "coarse", tile_px=48)
     return folder
 

@@ -216,8 +216,8 @@ def test_memory_and_time_are_limited(tmp_path):
     ],
 )
 def test_weights_that_do_not_fit_are_named(state, tmp_path, change, said):
+    save_file(change(dict(state)), tmp_path / "w.safetensors")
     with pytest.raises(BundleError, match=said):
-        save_file(change(dict(state)), tmp_path / "w.safetensors")
         convert(tmp_path / "w.safetensors", card(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -17,8 +17,9 @@ from slideflow_ray.errors import BundleError, ConfigError, SplitLeakError
 from slideflow_ray.models.bundle import forward_digest
 from slideflow_ray.models.service import history, read_current, resolve
 from slideflow_ray.promote import Decision, Terms, check_unseen, promote, undo
+from slideflow_ray.specs import ExecutorSpec
 
-QUICK = Settings(benchmark=False, resamples=200)
+QUICK = Settings(benchmark=False, resamples=200, executor=ExecutorSpec(workers=1))
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
     judged.write_cohort(folder)
     judged.bundle(folder / "good")
     judged.bundle(folder / "bad", gain=-1.0)
-    judged.bundle(folder / "blunt", noise=2.0)
+    judged.bundle(folder / "blunt", noise=0.8)
     return folder
 
 
