@@ -71,7 +71,7 @@ def bundle(
     with torch.inference_mode():
         grey = torch.tensor([127.5, 143.5]).reshape(2, 1, 1, 1).expand(2, 3, tile_px, tile_px) / 255
         dark, light = net.features(grey).mean((2, 3))[:, 0].tolist()
-    slope = 2 * gain / (light - dark)
+    slope = 2 * gain * (1 - noise) / (light - dark)
     state["head.weight"][1, 0], state["head.bias"][1] = slope, -slope * (dark + light) / 2 - gain
     card = BundleCard(
         name=folder.name,
