@@ -427,8 +427,8 @@ def _settings(
 
 @app.command()
 def promote(
+    into: Annotated[Path, typer.Option(help="The model's folder, models/NAME.")],
     candidate: Annotated[Path | None, typer.Argument(help="The bundle that wants to be in service.")] = None,
-    into: Annotated[Path, typer.Option(help="The model's folder, models/NAME.")] = Path("models/model"),
     cohort: Annotated[Path | None, typer.Option(help="cohort.csv; its validation slides decide.")] = None,
     rule: Annotated[PromoteRule, typer.Option(help="What it must be better by.")] = PromoteRule.auc,
     margin: Annotated[float, typer.Option(min=0, help="By more than this.")] = 0.0,
