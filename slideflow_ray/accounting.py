@@ -131,6 +131,8 @@ def write_run(out: Path, spec: RunSpec, items: Sequence[Item], context: Context,
             "mpp": None if isinstance(model.tile, WholeSpec) else model.tile.mpp,
             "on": model.spec.on or ("whole" if model.whole else "tissue"),
             "path": model.spec.path,
+            "digest": model.digest,
+            "service": model.spec.service,
         }
         for model in context.models
     ]

@@ -17,6 +17,16 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class VersionChosen:
+    """A run was given a model's folder and takes the version that is in service now, `digest` at `path`."""
+
+    model: str
+    digest: str
+    since: str
+    path: str
+
+
+@dataclass(frozen=True)
 class SlidePlanned:
     """A slide's grid is committed; `todo` of its `tiles` still need a forward pass."""
 
@@ -100,7 +110,16 @@ class RunFinished:
 
 
 Event = (
-    RunStarted | SlidePlanned | ChunkScored | SlideDone | SlideFailed | WorkerDied | EpochTrained | Noted | RunFinished
+    RunStarted
+    | VersionChosen
+    | SlidePlanned
+    | ChunkScored
+    | SlideDone
+    | SlideFailed
+    | WorkerDied
+    | EpochTrained
+    | Noted
+    | RunFinished
 )
 Listener = Callable[[Event], None]
 

@@ -48,7 +48,12 @@ class MilApplied:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
-        about = {"node": self.node, "table": str(self.table), "slides": len(self.margins), "without": list(self.without)}
+        about = {
+            "node": self.node,
+            "table": str(self.table),
+            "slides": len(self.margins),
+            "without": list(self.without),
+        }
         return {**about, **self.evaluation.to_json()}
 
 

@@ -75,6 +75,7 @@ class RunModel:
     """A bundle as a run needs it; `node` is its name in the store, digest of weights and profile included.
 
     `results` are what it gives: margins of a classifier, masks of a segmentation, features where they are wanted.
+    `digest` is the bundle's forward digest, for the record.
     """
 
     name: str
@@ -84,6 +85,7 @@ class RunModel:
     task: str
     classes: tuple[str, ...]
     results: tuple[Result, ...]
+    digest: str = ""
 
     def applies_to(self, item: Item) -> bool:
         """Return whether the model's `where` matches the item's columns."""

@@ -18,6 +18,7 @@ from slideflow_ray.events import (
     SlideDone,
     SlideFailed,
     SlidePlanned,
+    VersionChosen,
     WorkerDied,
 )
 
@@ -59,8 +60,8 @@ class RunProgress:
                 self.say(f"{event.slide_id} {word}: {event.code} {event.message.splitlines()[0]}")
             case WorkerDied():
                 self.say(f"{event.worker} died ({event.cause}); its tasks are tried again: {', '.join(event.slides)}")
-            case EpochTrained() | Noted():
-                self.say(event.text if isinstance(event, Noted) else _epoch(event))
+            case EpochTrained() | VersionChosen() | Noted():
+                self.say(_line(event))
             case RunFinished():
                 self._finish(event)
                 return
@@ -106,7 +107,11 @@ class RunProgress:
         return text
 
 
-def _epoch(event: EpochTrained) -> str:
+def _line(event: EpochTrained | VersionChosen | Noted) -> str:
+    if isinstance(event, Noted):
+        return event.text
+    if isinstance(event, VersionChosen):
+        return f"{event.model}: version {event.digest}, in service since {event.since}"
     line = f"epoch {event.epoch} of {event.epochs}: train loss {event.train_loss:.4f}"
     if event.val_loss is not None and event.val_auc is not None:
         line += f", val loss {event.val_loss:.4f}, val AUC {event.val_auc:.4f}"

@@ -23,6 +23,7 @@ from PIL import Image
 
 from slideflow_ray import accounting, aggregate, storage
 from slideflow_ray.annotations import class_of, read_annotation, rings_px0
+from slideflow_ray.calibrate import read_calibrations
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError, as_slideflow_error
 from slideflow_ray.figures import Rows, distribution, pr_figure, reliability, roc_figure
@@ -111,7 +112,7 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
     found = read_evaluation(out)
     tables = {name: _table(out / f"{name}.parquet") if found else [] for name in ("slides", "roc", "reliability")}
     items = [Item.parse(row, "run.json") for row in record["items"]]
-    done = _chosen(items, record)
+    done, temperatures = _chosen(items, record), read_calibrations(out)
     sheet = [small for item in done[cards : cards + SHEET] if (small := _small(out, item, record))]
     return {
         "title": Path(record["spec"]["cohort"]).stem,
@@ -123,7 +124,10 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "no_tissue": [s for s, o in record["outcomes"].items() if o.get("outcome") == "no_tissue"],
         "evaluated": found is not None,
         "notes": found.notes if found else (),
-        "models": [_model(m, found or Evaluation(), tables) for m in record["models"]],
+        "models": [
+            _model(m, found or Evaluation(), tables) | {"temperature": temperatures.get(m["node"])}
+            for m in record["models"]
+        ],
         "settings": _settings(record),
         "slides": sorted(tables["slides"], key=lambda row: _ORDER[row["split"]])[:ROWS],
         "slides_left": max(0, len(tables["slides"]) - ROWS),

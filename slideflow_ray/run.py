@@ -17,11 +17,12 @@ from slideflow_ray import execute, storage
 from slideflow_ray.accounting import Ended, RunResult, failed, note_failure, refused_before, write_run
 from slideflow_ray.cohort import Item, read_cohort
 from slideflow_ray.errors import ConfigError
-from slideflow_ray.events import Listener, RunFinished, RunStarted, silent
+from slideflow_ray.events import Listener, RunFinished, RunStarted, VersionChosen, silent
 from slideflow_ray.execute import Pool
 from slideflow_ray.graph import RunGraph
 from slideflow_ray.lease import lease
 from slideflow_ray.models.bundle import BundleCard, forward_digest, read_card
+from slideflow_ray.models.service import in_service
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import LOSSLESS_SHARE, AnyTile, Context, Result, RunModel, SlidePlan
 from slideflow_ray.planes import check_classes
@@ -62,6 +63,22 @@ def _check_segmentations(found: Sequence[tuple[ModelSpec, BundleCard, str]]) -> 
             )
 
 
+def resolved(spec: RunSpec, listen: Listener = silent) -> RunSpec:
+    """Return the spec with each model's folder (models/<name>) replaced by that of the version in service now.
+
+    Once, when a run starts: what is promoted meanwhile is another run's. Raises BundleError.
+    """
+    return spec.model_copy(update={"model": tuple(_resolved(model, listen) for model in spec.model)})
+
+
+def _resolved(model: ModelSpec, listen: Listener) -> ModelSpec:
+    folder, current = in_service(model.path)
+    if current is None:
+        return model
+    listen(VersionChosen(model.path, current.forward, current.since, str(folder)))
+    return model.model_copy(update={"path": str(folder), "service": model.path})
+
+
 def run_models(spec: RunSpec, profile: ComputeProfile) -> tuple[RunModel, ...]:
     """Return the run's models with their node names, which carry weights, forward pass and compute profile."""
     return tuple(
@@ -73,6 +90,7 @@ def run_models(spec: RunSpec, profile: ComputeProfile) -> tuple[RunModel, ...]:
             task=card.task,
             classes=card.classes,
             results=results_of(model, card),
+            digest=forward,
         )
         for model, card, forward in load_models(spec)
     )
@@ -149,6 +167,7 @@ def run(
     Raises ConfigError before anything is started, InfrastructureError (resumable).
     """
     started = time.monotonic()
+    spec = resolved(spec, listen)
     items, out = _checked(spec, items)
     with lease(out):
         want = wanted(spec)
@@ -225,6 +244,7 @@ def plan(spec: RunSpec, items: Sequence[Item] | None = None) -> dict[str, Any]:
 
     Raises ConfigError, LeaseError.
     """
+    spec = resolved(spec)
     items, out = _checked(spec, items)
     with lease(out):
         pool = execute.open_pool(spec.executor, spec.compute)

@@ -166,7 +166,8 @@ class ModelSpec(Spec):
     `on`: "tissue" (tiles), "whole" (the image in one piece) or "objects:<model>" (each object that the
     segmentation of that name finds in this run, with `margin` of its side around it); the bundle says, if None.
     `features`: keep features too (encoders give nothing else). `objects`: how a segmentation's
-    objects are found.
+    objects are found. `service`: the model's folder (models/<name>) whose version in service `path` is; a run
+    writes it down, nobody needs to give it.
     """
 
     path: str
@@ -175,6 +176,7 @@ class ModelSpec(Spec):
     margin: Annotated[float, Field(ge=0, le=4)] = 0.0
     features: bool = False
     objects: ObjectSpec = ObjectSpec()
+    service: str | None = None
 
     @property
     def segmentation(self) -> str | None:

@@ -108,7 +108,9 @@ def load_mil(folder: str | Path) -> tuple[MilCard, Mil]:
     try:
         net.load_state_dict(load_weights(folder))
     except RuntimeError as error:
-        raise BundleError(f"The weights of {folder} do not fit its {CARD}: {str(error).splitlines()[-1].strip()}") from error
+        raise BundleError(
+            f"The weights of {folder} do not fit its {CARD}: {str(error).splitlines()[-1].strip()}"
+        ) from error
     return card, net.eval()
 
 
