@@ -264,22 +264,27 @@ def best_f1(pos: Ints, neg: Ints) -> float:
     return float(curve.thresholds[int(np.argmax(2 * curve.tp / (curve.tp + curve.fp + curve.positives)))])
 
 
-def fixed_sensitivity(at_least: float) -> Rule:
-    """Return the rule: the highest threshold whose sensitivity is at least this."""
+def fixed_sensitivity(at_least: str | float) -> Rule:
+    """Return the rule: the highest threshold whose sensitivity is at least this decimal, computed with exactly."""
+    share = Fraction(str(at_least))  # as a float, 0.55 of 100 is more than 55
 
     def rule(pos: Ints, neg: Ints) -> float:
         curve = _both_classes(pos, neg)
-        return float(curve.thresholds[int(np.argmax(curve.tp >= at_least * curve.positives))])
+        return float(curve.thresholds[int(np.argmax(curve.tp >= math.ceil(share * curve.positives)))])
 
     return rule
 
 
-def fixed_specificity(at_least: float) -> Rule:
-    """Return the rule: the lowest threshold whose specificity is at least this; above every score if none is."""
+def fixed_specificity(at_least: str | float) -> Rule:
+    """Return the rule: the lowest threshold whose specificity is at least this decimal; above every score if none is.
+
+    Computed with exactly.
+    """
+    share = Fraction(str(at_least))
 
     def rule(pos: Ints, neg: Ints) -> float:
         curve = _both_classes(pos, neg)
-        good = np.flatnonzero(curve.negatives - curve.fp >= at_least * curve.negatives)
+        good = np.flatnonzero(curve.negatives - curve.fp >= math.ceil(share * curve.negatives))
         return float(curve.thresholds[good[-1]]) if len(good) else _above(curve)
 
     return rule
@@ -318,8 +323,9 @@ def _above(curve: Roc) -> float:
     return float(edge_of(min(above, HIGHEST_BIN)))
 
 
-def fixed_probability(p: float) -> Rule:
-    """Return the rule: probability `p` whatever the data; its margin is rounded down to a bin's edge."""
+def fixed_probability(at_least: str | float) -> Rule:
+    """Return the rule: this probability whatever the data; its margin is rounded down to a bin's edge."""
+    p = float(at_least)
     if not 0 < p < 1:
         raise ValueError(f"a probability lies between 0 and 1, got {p}")
     edge = float(edge_of(bin_of([math.log(p / (1 - p))]))[0])

@@ -169,6 +169,19 @@ def test_fixed_rules_keep_their_word():
     assert counts.f1 == pytest.approx(sk.f1_score(truth, margins >= m.best_f1(pos, neg)))
 
 
+@pytest.mark.parametrize("share", ["0.55", "0.7", "0.95", "0.07"])
+def test_a_share_is_a_decimal_and_no_float(share):
+    """0.55 * 100 is 55.00000000000001, and 0.07 * 100 is 7.000000000000001: one case too many would be asked for."""
+    cases = m.histogram(np.arange(1, 101, dtype=np.float32))
+    other = m.histogram([0.5])
+    need = int(Fraction(share) * 100)
+    for value in (share, float(share)):
+        t = m.fixed_sensitivity(value)(cases, other)
+        assert m.counts_at(cases, other, t).tp == need
+        t = m.fixed_specificity(value)(m.histogram([200.0]), cases)
+        assert m.counts_at(m.histogram([200.0]), cases, t).tn == need
+
+
 def test_specificity_beyond_reach_calls_nothing():
     pos, neg = m.histogram([1.0]), m.histogram([2.0])
     t = m.fixed_specificity(1.0)(pos, neg)
