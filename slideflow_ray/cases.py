@@ -84,26 +84,39 @@ def read_run(
 ) -> Run:
     """Read run.json; `labels` is another rule for labels of tiles than the run's: centre, or fraction=0.75.
 
-    Raises ConfigError where there is none, or the run has not ended.
+    Raises ConfigError where there is none, the run has not ended, or a name is mapped to what is no class.
     """
     record = accounting.read_run(out)
     if not record["finished"]:
         raise ConfigError(f"The run in {out} has not ended.", next_step="Run the same command again: it resumes.")
     spec = RunSpec.parse(record["spec"], f"{out / 'run.json'}, spec")
     update: dict[str, Any] = {"names": {**spec.labels.names, **(names or {})}}
+    models = tuple(
+        Model(m["node"], m["name"], m["task"], tuple(m["classes"]))
+        for m in record["models"]
+        if m["task"] in ("classify", "multilabel")
+    )
+    _check_names(update["names"], models)
     return Run(
         out=out,
         items=tuple(Item.parse(row, f"{out / 'run.json'}, items") for row in record["items"]),
         outcomes=record["outcomes"],
-        models=tuple(
-            Model(m["node"], m["name"], m["task"], tuple(m["classes"]))
-            for m in record["models"]
-            if m["task"] in ("classify", "multilabel")
-        ),
+        models=models,
         labels=spec.labels.model_copy(update=update | (label_rule(labels) if labels else {})),
         profile_digest=record["profile_digest"],
         scheduler=scheduler or spec.dask,
     )
+
+
+def _check_names(names: Mapping[str, str], models: Sequence[Model]) -> None:
+    """Raise ConfigError for a name that is mapped to a class of none of the models."""
+    for name, meant in names.items():
+        if models and not any(class_of(meant, model.classes) for model in models):
+            known = "; ".join(f"{model.name} has {', '.join(model.classes)}" for model in models)
+            raise ConfigError(
+                f"The name {name!r} is mapped to {meant!r}, which is no class of {', '.join(m.name for m in models)}.",
+                next_step=f"Map it to a class: {known}.",
+            )
 
 
 def label_rule(text: str) -> dict[str, Any]:

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 from scored import GRID, NODE, PROFILE, Scored, box, cells_of, two_class, write_features, write_scored_run
 from sklearn import metrics as sk
 
+from slideflow_ray import accounting, cli
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import AnnotationError, ConfigError, SplitLeakError
 from slideflow_ray.evaluate import evaluate
+from slideflow_ray.lease import lease
 from slideflow_ray.metrics import bin_of, edge_of, resample_weights
 from slideflow_ray.results import Evaluation, read_evaluation
 from slideflow_ray.rules import rule_of
@@ -278,6 +281,32 @@ def test_names_in_run_toml_are_used_for_annotations_and_labels(tmp_path):
     found = evaluate(write_scored_run(tmp_path / "out", slides, names={"mets": "tumor"}))
     assert result(found).positives == 4 * 28
     assert result(found, "slide").positives == 4
+
+
+def test_a_name_that_maps_to_no_class_is_refused(run):
+    out, _ = run
+    with pytest.raises(ConfigError, match="'nix', which is no class of fake") as error:
+        evaluate(out, names={"malignant": "nix"})
+    assert "normal, tumor" in error.value.step
+
+
+def test_a_run_that_was_killed_before_it_recorded_anything_is_no_strange_folder(tmp_path, capsys):
+    (tmp_path / "lease.json").write_text("{}")
+    os.utime(tmp_path / "lease.json", (0, 0))
+    for command in (["status"], ["report"], ["evaluate"], ["verify"], ["export", "--to", "csv"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command, str(tmp_path)])
+        said = capsys.readouterr().err
+        assert end.value.code == 2
+        assert "was started" in said
+        assert "has recorded nothing yet. Next: Run the same command again" in said
+    with lease(tmp_path), pytest.raises(ConfigError, match="has recorded nothing yet") as error:
+        accounting.status(tmp_path)
+    assert "under way" in error.value.step
+    with pytest.raises(ConfigError, match=r"is not the output folder .* no run\.json") as error:
+        accounting.status(tmp_path / "nix")
+    assert "started" not in error.value.step
+    assert "--out" in error.value.step
 
 
 def test_no_run_an_unfinished_one_and_a_strange_rule_are_configuration(run, tmp_path):

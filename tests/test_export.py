@@ -137,8 +137,9 @@ def test_geojson_holds_the_tiles_called_at_the_operating_point(scored, tmp_path)
 
 
 def test_what_is_not_there_is_said(scored, tmp_path):
-    with pytest.raises(ConfigError, match="no slide nobody"):
+    with pytest.raises(ConfigError, match="no slide nobody") as error:
         export(scored, "csv", slides=["nobody"])
+    assert "val0" in error.value.step
     with pytest.raises(ConfigError, match="no model other; it has fake"):
         export(scored, "csv", models=["other"])
     with pytest.raises(ConfigError, match=r"nothing in .* to export to crops"):
