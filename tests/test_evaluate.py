@@ -109,6 +109,32 @@ def test_intervals_resample_patients(run):
     assert judged.auc_interval[0] < judged.auc < judged.auc_interval[1]
 
 
+def test_positives_of_one_patient_have_no_interval_and_it_is_said(run, tmp_path):
+    _, slides = run
+    few = [s for s in slides if s.item.split != "test" or s.item.label == "normal" or s.item.patient == "E0"]
+    rng = np.random.default_rng(5)
+    few += [two_class(tmp_path, rng, f"x{i}", f"X{i}", "test", False) for i in range(3)]
+    found = evaluate(write_scored_run(tmp_path / "few", few))
+    one = result(found)
+    assert (one.patients, one.auc_interval, one.sensitivity_interval) == (7, None, None)
+    assert one.specificity_interval is not None
+    assert one.no_interval == "no interval: 1 of 7 patients with positives, 2 are needed"
+    assert any("fake, test, tile, tumor: no interval: 1 of 7" in note for note in found.notes)
+
+
+def test_the_interval_of_slides_is_of_their_scores_themselves(tmp_path):
+    rng = np.random.default_rng(6)
+    slides = []
+    for split, n in (("val", 4), ("test", 40)):
+        for i in range(n):
+            top = np.float32(3 + (i % 2) * 0.002 + rng.uniform(0, 0.004))  # all in one bin of margins
+            item = Item(slide_id=f"{split}{i}", uri="x", split=split, label=("normal", "tumor")[i % 2])
+            slides.append(Scored(item, cells_of(1, 2), np.array([[-top, top], [0, 0]]), (1, 2)))
+    one = result(evaluate(write_scored_run(tmp_path / "out", slides)), "slide")
+    assert one.auc > 0.7
+    assert one.auc_interval[0] < one.auc < one.auc_interval[1]
+
+
 def test_slides_and_patients_are_judged_by_the_cohorts_label(run):
     out, slides = run
     found = evaluate(out)
@@ -327,7 +353,7 @@ def test_no_run_an_unfinished_one_and_a_strange_rule_are_configuration(run, tmp_
     [
         ("sensitivity=0.9", lambda p: p.sensitivity >= 0.9),
         ("specificity=0.95", lambda p: p.specificity >= 0.95),
-        ("probability=0.5", lambda p: p.threshold == 0),
+        ("probability=0.5", lambda p: p.probability == 0.5),
         ("f1", lambda p: p.rule == "f1"),
     ],
 )
@@ -398,8 +424,8 @@ def test_presets_cost_and_what_is_recorded(run):
     out, slides = run
     points = evaluate(out, rule="004", resamples=10).points
     assert {p.rule for p in points} == {"004 (probability=0.8)"}
-    assert {p.threshold for p in points} == {float(edge_of(bin_of([math.log(4)]))[0])}
-    assert {p.threshold for p in evaluate(out, rule="003", resamples=10).points} == {0}
+    assert {p.threshold for p in points} == {float(np.float32(math.log(4)))}
+    assert {round(p.threshold, 6) for p in evaluate(out, rule="003", resamples=10).points} == {0}
     assert {(p.split, p.score) for p in points} == {("val", "margin"), ("val", "max")}
     truth, margins = pooled(slides, "val")
     (point,) = [p for p in evaluate(out, rule="cost=9", resamples=10).points if p.level == "tile"]
