@@ -163,11 +163,19 @@ def _failures(result: RunResult) -> str:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """Return run.json. Raises ConfigError where there is none."""
+    """Return run.json. Raises ConfigError where there is none: no run, or one that got no further than its start."""
     record: dict[str, Any] | None = storage.read_json(out / "run.json")
-    if record is None:
-        raise ConfigError(f"{out} is not the output folder of a run: it has no run.json.")
-    return record
+    if record is not None:
+        return record
+    if not any((out / name).exists() for name in STARTED):
+        step = "Name a folder that `slideflow-ray run --out` has made."
+        raise ConfigError(f"{out} is not the output folder of a run: it has no run.json.", next_step=step)
+    step = "It is under way: ask again in a while." if held(out) else "Run the same command again: it resumes."
+    raise ConfigError(f"A run was started in {out} and has recorded nothing yet.", next_step=step)
+
+
+STARTED = ("lease.json", "commits", "profiles")
+"""What a run writes before run.json."""
 
 
 def status(out: Path) -> dict[str, Any]:

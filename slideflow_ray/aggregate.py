@@ -24,6 +24,7 @@ from dask.delayed import delayed
 from slideflow_ray.errors import SlideflowError
 from slideflow_ray.geometry import scale_of
 from slideflow_ray.metrics import Confusion, Counts, Reliability, Sparse
+from slideflow_ray.metrics import probability as probability  # exported: it is what heatmaps hold
 from slideflow_ray.store import SlideStore
 
 Scheduler = Literal["threads", "ray"]
@@ -194,14 +195,6 @@ def write_heatmap(part: Part) -> int:
             store.write_chunk(name, channel, values[channel : channel + 1])
     store.commit(node)
     return 1
-
-
-def probability(margins: Floats) -> Floats:
-    """Return the sigmoid of margins, float32; without overflow for any margin."""
-    with np.errstate(under="ignore"):
-        small = np.exp(-np.abs(margins.astype(np.float64)))
-        p: Floats = (np.where(margins >= 0, 1.0, small) / (1 + small)).astype(np.float32)
-    return np.where(np.isnan(margins), np.float32(np.nan), p)
 
 
 def plane(rows: Floats, rowcol: npt.NDArray[np.int32], shape: tuple[int, ...]) -> Floats:

@@ -15,7 +15,20 @@ from slideflow_ray.aggregate import Part, Scheduler, Sides, SlideScore, Tiles
 from slideflow_ray.annotations import class_of, label_slide
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import AnnotationError, ConfigError
-from slideflow_ray.metrics import BINS, Ints, Reliability, Roc, Sparse, auc, exact_roc, rank_auc, roc, together
+from slideflow_ray.metrics import (
+    BINS,
+    Ints,
+    Reliability,
+    Roc,
+    Sparse,
+    auc,
+    exact_roc,
+    no_interval,
+    rank_auc,
+    ranked,
+    roc,
+    together,
+)
 from slideflow_ray.results import FITTED, JUDGED, Level, Score
 from slideflow_ray.specs import LabelSpec, RunSpec
 
@@ -89,26 +102,39 @@ def read_run(
 ) -> Run:
     """Read run.json; `labels` is another rule for labels of tiles than the run's: centre, or fraction=0.75.
 
-    Raises ConfigError where there is none, or the run has not ended.
+    Raises ConfigError where there is none, the run has not ended, or a name is mapped to what is no class.
     """
     record = accounting.read_run(out)
     if not record["finished"]:
         raise ConfigError(f"The run in {out} has not ended.", next_step="Run the same command again: it resumes.")
     spec = RunSpec.parse(record["spec"], f"{out / 'run.json'}, spec")
     update: dict[str, Any] = {"names": {**spec.labels.names, **(names or {})}}
+    models = tuple(
+        Model(m["node"], m["name"], m["task"], tuple(m["classes"]))
+        for m in record["models"]
+        if m["task"] in ("classify", "multilabel")
+    )
+    _check_names(update["names"], models)
     return Run(
         out=out,
         items=tuple(Item.parse(row, f"{out / 'run.json'}, items") for row in record["items"]),
         outcomes=record["outcomes"],
-        models=tuple(
-            Model(m["node"], m["name"], m["task"], tuple(m["classes"]))
-            for m in record["models"]
-            if m["task"] in ("classify", "multilabel")
-        ),
+        models=models,
         labels=spec.labels.model_copy(update=update | (label_rule(labels) if labels else {})),
         profile_digest=record["profile_digest"],
         scheduler=scheduler or spec.dask,
     )
+
+
+def _check_names(names: Mapping[str, str], models: Sequence[Model]) -> None:
+    """Raise ConfigError for a name that is mapped to a class of none of the models."""
+    for name, meant in names.items():
+        if models and not any(class_of(meant, model.classes) for model in models):
+            known = "; ".join(f"{model.name} has {', '.join(model.classes)}" for model in models)
+            raise ConfigError(
+                f"The name {name!r} is mapped to {meant!r}, which is no class of {', '.join(m.name for m in models)}.",
+                next_step=f"Map it to a class: {known}.",
+            )
 
 
 def label_rule(text: str) -> dict[str, Any]:
@@ -239,7 +265,8 @@ class Judged:
     """The labelled cases of one level, class and split.
 
     cases : scores by patient, binned. sides : the scores themselves, float32, positives' and negatives'; None
-    where there are too many tiles to hold. reliability : None where the score is no margin.
+    where there are too many tiles to hold. scores : the same by patient, of slides and patients; None of tiles.
+    reliability : None where the score is no margin.
     """
 
     level: Level
@@ -249,6 +276,7 @@ class Judged:
     cases: Cases
     sides: Sides | None
     reliability: Reliability | None
+    scores: Mapping[str, Sides] | None = None
 
     @cached_property
     def dense(self) -> tuple[Ints, Ints]:
@@ -270,6 +298,19 @@ class Judged:
     def auc(self) -> float:
         """The AUC of the scores themselves, as scikit-learn's; by bins where they are not held."""
         return rank_auc(*self.sides) if self.sides else auc(*self.dense)
+
+    @property
+    def by_patient(self) -> tuple[list[Sparse], list[Sparse]]:
+        """Each patient's positives and negatives for intervals: scores themselves of slides and patients, else bins."""
+        if self.scores is not None:
+            return ranked([pos for pos, _ in self.scores.values()], [neg for _, neg in self.scores.values()])
+        return [pos for pos, _ in self.cases.values()], [neg for _, neg in self.cases.values()]
+
+    @property
+    def no_interval(self) -> str:
+        """Why an AUC has no interval, as far as the patients are to blame."""
+        sides = [sum(both[i].total > 0 for both in self.cases.values()) for i in (0, 1)]
+        return no_interval(len(self.cases), sides[0], sides[1])
 
 
 Margins = Mapping[str, Mapping[int, Sides]]
@@ -301,12 +342,13 @@ def slides_judged(
 ) -> Judged:
     """Return the slides, or patients, of a split whose truth is known, by the cohort's label."""
     rows = patients_of if level == "patient" else slides_of
-    known = [row for row in rows(run, model, tiles, c, split, score) if row[1] >= 0]
-    cases: Cases = {}
-    for patient, truth, value in sorted(known):
-        one, none = Sparse.of([value]), Sparse.empty()
-        pos, neg = cases.get(patient, (none, none))
-        cases[patient] = (pos + one, neg) if truth else (pos, neg + one)
-    above, below = (np.array([value for _, truth, value in known if truth == side], np.float32) for side in (1, 0))
+    known = sorted(row for row in rows(run, model, tiles, c, split, score) if row[1] >= 0)
+    by_patient: dict[str, tuple[list[float], list[float]]] = {}
+    for patient, truth, value in known:
+        by_patient.setdefault(patient, ([], []))[1 - truth].append(value)
+    scores = {p: (np.array(pos, np.float32), np.array(neg, np.float32)) for p, (pos, neg) in by_patient.items()}
+    cases = {patient: (Sparse.of(pos), Sparse.of(neg)) for patient, (pos, neg) in scores.items()}
+    none = np.empty(0, np.float32)
+    above, below = (np.concatenate([none, *(sides[i] for sides in scores.values())]) for i in (0, 1))
     spread = Reliability.of(aggregate.probability(above), aggregate.probability(below)) if score != "area" else None
-    return Judged(level, c, split, score, cases, (above, below), spread)
+    return Judged(level, c, split, score, cases, (above, below), spread, scores)

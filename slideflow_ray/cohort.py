@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from slideflow_ray import storage
 from slideflow_ray.errors import CohortError, ConfigError, SplitLeakError
@@ -36,6 +36,14 @@ class Item(Spec):
     sha256: str | None = None
     mask: str | None = None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _stripped(cls, value: object, about: ValidationInfo) -> object:
+        """`14-14134 ` and `14-14134` are one patient; ids are refused and uris are taken as they are."""
+        if not isinstance(value, str) or about.field_name in ("slide_id", "uri"):
+            return value
+        return value.strip() or None
+
     @field_validator("slide_id")
     @classmethod
     def _printable(cls, value: str) -> str:
@@ -53,7 +61,7 @@ COLUMNS = tuple(Item.model_fields)
 
 
 def read_cohort(path: str | Path, *, check: bool = True) -> tuple[Item, ...]:
-    """Read a cohort.csv; uris, annotations and masks are relative to the file.
+    """Read a cohort.csv; uris, annotations and masks are relative to the file, blanks around a cell mean nothing.
 
     check : whether its splits must be sound, which does not matter to who makes new ones.
 
@@ -63,7 +71,9 @@ def read_cohort(path: str | Path, *, check: bool = True) -> tuple[Item, ...]:
     path = Path(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            rows = list(reader)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no cohort {path}.") from error
     except (UnicodeDecodeError, csv.Error, IsADirectoryError) as error:
@@ -91,13 +101,14 @@ def _check_columns(path: Path, row: Mapping[str | None, object]) -> None:
 def _item(path: Path, number: int, row: Mapping[str | None, object]) -> Item:
     if None in row:
         raise CohortError(f"{path}, line {number}: more cells than columns.")
-    values = {key: value for key, value in row.items() if value not in (None, "")}
+    cells = {str(key): cell.strip() for key, cell in row.items() if isinstance(cell, str)}
+    values = {key: cell for key, cell in cells.items() if cell}
     here = path.resolve().parent
     for key in ("uri", "annotation", "mask"):
-        if isinstance(cell := values.get(key), str):
-            values[key] = relative_to(here, cell)
+        if key in values:
+            values[key] = relative_to(here, values[key])
     try:
-        return Item.parse({str(key): value for key, value in values.items()}, f"{path}, line {number}")
+        return Item.parse(values, f"{path}, line {number}")
     except ConfigError as error:
         raise CohortError(error.message) from error
 

@@ -18,11 +18,10 @@ from typing import Any, get_args
 import numpy as np
 
 from slideflow_ray import aggregate, answers
-from slideflow_ray.aggregate import Calls, Part, Scheduler, SlideScore, Tiles
+from slideflow_ray.aggregate import Calls, Part, Scheduler, Sides, SlideScore, Tiles
 from slideflow_ray.annotations import class_of
 from slideflow_ray.cases import (
     EXACT_TILES,
-    Cases,
     Judged,
     Model,
     Run,
@@ -37,12 +36,13 @@ from slideflow_ray.cases import (
 from slideflow_ray.cohort import Item, check_splits
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.lease import lease
-from slideflow_ray.metrics import RATES, Confusion, Interval, auc_interval, counts_at, rate_interval
+from slideflow_ray.metrics import MIN_PATIENTS, RATES, Confusion, Counts, Interval, auc_interval, rate_interval
 from slideflow_ray.results import (
     FITTED,
     JUDGED,
     LEVELS,
     Evaluation,
+    Level,
     Matrix,
     OperatingPoint,
     Result,
@@ -151,14 +151,25 @@ def _evaluate_model(run: Run, model: Model, settings: Settings) -> _Done:
     parts = label_tiles(run, model, parts_of(run, model))
     tiles = aggregate.read_tiles(parts, model.targets, run.scheduler)
     judged = _judged(run, model, parts, tiles, settings)
-    points, notes = _points(run, model, judged, settings)
-    results = tuple(_judge(run, model, one, points, settings) for one in judged if one.cases)
+    thresholds, notes = _thresholds(model, judged, settings)
+    at = {c: threshold for (level, c), threshold in thresholds.items() if level == "tile"}
+    calls = aggregate.read_calls(parts, model.classes, at, model.argmax, run.scheduler)
+    frozen = [(one, thresholds.get((one.level, one.index))) for one in judged]
+    counts = [None if at is None else _counts(run, one, at, calls) for one, at in frozen]
+    points = [
+        _point(run, model, one, at, by_patient, settings)
+        for (one, at), by_patient in zip(frozen, counts, strict=True)
+        if at is not None and by_patient is not None and one.split == FITTED
+    ]
+    results = tuple(
+        _judge(run, model, one, at, by_patient, settings)
+        for (one, at), by_patient in zip(frozen, counts, strict=True)
+        if one.cases
+    )
     notes = [*_left_out(run, model, parts, tiles), *notes, *_missed(run, model, parts)]
     notes += [note for one in judged if one.split == JUDGED for note in _ill_posed(model, one)]
     if not any(r.split == JUDGED for r in results):
         notes.append(f"{model.name}: no labelled slide in split {JUDGED!r}, so nothing was evaluated on test.")
-    thresholds = {model.classes.index(p.class_name): p.threshold for p in points if p.level == "tile"}
-    calls = aggregate.read_calls(parts, model.classes, thresholds, model.argmax, run.scheduler)
     rows = {
         "roc": [row for one in judged for row in answers.roc_rows(model, one)],
         "pr": [row for one in judged for row in answers.pr_rows(model, one)],
@@ -184,23 +195,27 @@ def _judged(run: Run, model: Model, parts: Sequence[Part], tiles: Tiles, setting
 # fit and judge
 
 
-def _points(
-    run: Run, model: Model, judged: Sequence[Judged], settings: Settings
-) -> tuple[list[OperatingPoint], list[str]]:
-    points: list[OperatingPoint] = []
+Thresholds = Mapping[tuple[Level, int], float]
+"""(level, class) -> the threshold that is frozen."""
+
+
+def _thresholds(model: Model, judged: Sequence[Judged], settings: Settings) -> tuple[Thresholds, list[str]]:
+    """Choose a threshold for every level and class on validation; say where there is none, and what to know of it."""
+    thresholds: dict[tuple[Level, int], float] = {}
     notes: list[str] = []
     if any(one.level == "tile" and one.sides is None for one in judged):
         notes.append(f"{model.name}: more than {EXACT_TILES:,} tiles, so AUC and curves by tile are of histograms.")
     for one in judged:
         if one.split == FITTED:
-            point, why = _fit(run, model, one, settings)
-            points += [point] if point else []
+            threshold, why = _fit(model, one, settings)
             notes += [why] if why else []
-    return points, notes
+            if threshold is not None:
+                thresholds[one.level, one.index] = threshold
+    return thresholds, notes
 
 
-def _fit(run: Run, model: Model, judged: Judged, settings: Settings) -> tuple[OperatingPoint | None, str]:
-    """Return the operating point and what is to be said about it, or None and why there is none."""
+def _fit(model: Model, judged: Judged, settings: Settings) -> tuple[float | None, str]:
+    """Return the threshold and what is to be said about it, or None and why there is none."""
     pos, neg = judged.dense
     n, m = int(pos.sum()), int(neg.sum())
     about = f"{model.name}, {judged.level}, {model.classes[judged.index]}"
@@ -215,12 +230,30 @@ def _fit(run: Run, model: Model, judged: Judged, settings: Settings) -> tuple[Op
     if not math.isfinite(threshold):
         return None, f"{about}: no operating point: the rule {settings.rule} chose an infinite margin."
     note = "" if judged.cases else f"{about}: the threshold is fixed by its rule, and no validation has tried it."
-    return _point(run, model, judged, threshold, settings), note
+    return threshold, note
 
 
-def _point(run: Run, model: Model, judged: Judged, threshold: float, settings: Settings) -> OperatingPoint:
-    pos, neg = judged.dense
-    counts = counts_at(pos, neg, threshold)
+def _counts(run: Run, judged: Judged, threshold: float, calls: Calls) -> dict[str, Counts]:
+    """Each patient's counts at a threshold, of the scores themselves: no bin's edge is needed."""
+    if judged.scores is not None:
+        return {patient: _called(sides, threshold) for patient, sides in judged.scores.items()}
+    found: dict[str, Counts] = dict.fromkeys(judged.cases, Counts())
+    for item in run.items:
+        if item.split == judged.split and item.patient in found:
+            counts = calls.counts.get(item.slide_id, {})
+            found[item.patient] += counts.get(judged.index, Counts())
+    return found
+
+
+def _called(sides: Sides, threshold: float) -> Counts:
+    truth = np.repeat(np.array([1, 0], np.int8), [len(side) for side in sides])
+    return aggregate.called(np.concatenate(sides), truth, threshold)
+
+
+def _point(
+    run: Run, model: Model, judged: Judged, threshold: float, by_patient: Mapping[str, Counts], settings: Settings
+) -> OperatingPoint:
+    counts = sum(by_patient.values(), Counts())
     probability = float(aggregate.probability(np.array([threshold], np.float32))[0])
     return OperatingPoint(
         model=model.node,
@@ -231,8 +264,8 @@ def _point(run: Run, model: Model, judged: Judged, threshold: float, settings: S
         split=FITTED if judged.cases else "none",
         threshold=threshold,
         probability=None if judged.score == "area" else probability,
-        positives=int(pos.sum()),
-        negatives=int(neg.sum()),
+        positives=counts.tp + counts.fn,
+        negatives=counts.fp + counts.tn,
         patients=len(judged.cases),
         sensitivity=defined(counts.sensitivity),
         specificity=defined(counts.specificity),
@@ -242,14 +275,19 @@ def _point(run: Run, model: Model, judged: Judged, threshold: float, settings: S
     )
 
 
-def _judge(run: Run, model: Model, judged: Judged, points: Sequence[OperatingPoint], settings: Settings) -> Result:
+def _judge(
+    run: Run,
+    model: Model,
+    judged: Judged,
+    threshold: float | None,
+    by_patient: Mapping[str, Counts] | None,
+    settings: Settings,
+) -> Result:
     pos, neg = judged.dense
     name = model.classes[judged.index]
-    point = next((p for p in points if (p.level, p.class_name) == (judged.level, name)), None)
-    counts = counts_at(pos, neg, point.threshold) if point else None
-    intervals = _rate_intervals(judged.cases, point.threshold, settings) if point else (None, None)
+    counts = None if by_patient is None else sum(by_patient.values(), Counts())
+    intervals = _rate_intervals(by_patient, settings) if by_patient is not None else (None, None)
     both, spread = pos.any() and neg.any(), judged.reliability
-    sides = [[side[i] for side in judged.cases.values()] for i in (0, 1)]
     return Result(
         model=model.node,
         name=model.name,
@@ -260,9 +298,9 @@ def _judge(run: Run, model: Model, judged: Judged, points: Sequence[OperatingPoi
         negatives=int(neg.sum()),
         patients=len(judged.cases),
         auc=defined(judged.auc),
-        auc_interval=auc_interval(sides[0], sides[1], **settings.draw) if both else None,
+        auc_interval=auc_interval(*judged.by_patient, **settings.draw) if both else None,
         average_precision=defined(judged.exact.average_precision),
-        threshold=point.threshold if point else None,
+        threshold=threshold,
         counts=asdict(counts) if counts else None,
         rates={rate: defined(getattr(counts, rate)) for rate in RATES} if counts else {},
         sensitivity_interval=intervals[0],
@@ -272,14 +310,15 @@ def _judge(run: Run, model: Model, judged: Judged, points: Sequence[OperatingPoi
         expected_calibration_error=defined(spread.expected_calibration_error) if spread else None,
         score=judged.score,
         lone=len(run.lone & set(judged.cases)),
+        no_interval=judged.no_interval,
     )
 
 
-def _rate_intervals(cases: Cases, threshold: float, settings: Settings) -> tuple[Interval | None, Interval | None]:
-    tp = [pos.at_least(threshold) for pos, _ in cases.values()]
-    tn = [neg.total - neg.at_least(threshold) for _, neg in cases.values()]
-    sensitivity = rate_interval(tp, [pos.total for pos, _ in cases.values()], **settings.draw)
-    return sensitivity, rate_interval(tn, [neg.total for _, neg in cases.values()], **settings.draw)
+def _rate_intervals(by_patient: Mapping[str, Counts], settings: Settings) -> tuple[Interval | None, Interval | None]:
+    """Of sensitivity and of specificity."""
+    each = list(by_patient.values())
+    sensitivity = rate_interval([c.tp for c in each], [c.tp + c.fn for c in each], **settings.draw)
+    return sensitivity, rate_interval([c.tn for c in each], [c.tn + c.fp for c in each], **settings.draw)
 
 
 def _tables(model: Model, calls: Calls, items: Mapping[str, Item]) -> tuple[Table, ...]:
@@ -354,5 +393,7 @@ def _ill_posed(model: Model, judged: Judged) -> Iterator[str]:
         yield f"{about}: no positives among {roc.negatives:,}, so AUC, average precision and sensitivity are undefined."
     elif not roc.negatives:
         yield f"{about}: no negatives among {roc.positives:,}, so AUC and specificity are undefined."
-    elif len(roc.thresholds) == 1:
+    elif judged.no_interval and len(judged.cases) >= MIN_PATIENTS:
+        yield f"{about}: {judged.no_interval}, as resampling cannot vary what is of one patient."
+    if roc.positives and roc.negatives and len(roc.thresholds) == 1:
         yield f"{about}: all {roc.positives + roc.negatives:,} scores are equal, which makes the AUC 0.5."

@@ -149,12 +149,16 @@ NEEDS = {
 
 
 def _check_known(record: Mapping[str, Any], slides: Sequence[str], models: Sequence[str]) -> None:
-    known = {item["slide_id"] for item in record["items"]}
+    known = [item["slide_id"] for item in record["items"]]
     if lost := [slide for slide in slides if slide not in known]:
-        raise ConfigError(f"The run has no slide {', '.join(lost)}.")
+        some = ", ".join(known[:5]) + (f" and {len(known) - 5:,} more" if len(known) > 5 else "")
+        raise ConfigError(f"The run has no slide {', '.join(lost)}.", next_step=f"Name one of its slides: {some}.")
     names = [model["name"] for model in record["models"]]
     if lost := [name for name in models if name not in names]:
-        raise ConfigError(f"The run has no model {', '.join(lost)}; it has {', '.join(names) or 'none'}.")
+        raise ConfigError(
+            f"The run has no model {', '.join(lost)}; it has {', '.join(names) or 'none'}.",
+            next_step="Leave --model out for all of them, or name one as the run does.",
+        )
 
 
 def _models(record: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -39,7 +39,16 @@ from slideflow_ray.cases import Model, Run, parts_of, read_run, truth_of
 from slideflow_ray.cohort import Item, check_splits
 from slideflow_ray.geometry import scale_of
 from slideflow_ray.lease import lease
-from slideflow_ray.metrics import FROC_FALSE_POSITIVES, Froc, Interval, Sparse, auc_interval, froc, rank_auc
+from slideflow_ray.metrics import (
+    FROC_FALSE_POSITIVES,
+    Froc,
+    Interval,
+    auc_interval,
+    froc,
+    no_interval,
+    rank_auc,
+    ranked,
+)
 from slideflow_ray.results import FITTED, JUDGED, defined, with_interval
 from slideflow_ray.specs import LabelSpec
 from slideflow_ray.store import SlideStore
@@ -499,7 +508,7 @@ def _evaluate(run: Run, model: Model, seed: int, rules: LesionRules) -> tuple[li
             curve = _froc([slide for slide in chosen if _in_froc(slide)])
             results.append(_result(model, split, chosen, items, curve, scores, seed))
             curves += _curve_rows(model, split, curve)
-    notes = [*_notes(run, model, slides, rules)]
+    notes = [*_notes(run, model, slides, rules), *_too_few(model, slides, items)]
     if forest is None and len(slides):
         notes.append(f"{model.name}: no forest, since train and val together lack slides with, or without, tumour.")
     tables = {
@@ -581,17 +590,25 @@ def _result(
 def _slide_auc(
     slides: Sequence[Slide], scores: Sequence[float], items: Mapping[str, Item], seed: int
 ) -> tuple[float | None, Interval | None]:
-    """The AUC of slides whose truth is known, and its interval by resampling patients."""
-    sides: tuple[list[float], list[float]] = ([], [])
-    patients: dict[str, tuple[list[float], list[float]]] = {}
-    for slide, score in zip(slides, scores, strict=True):
+    """The AUC of slides of known truth, and its interval by resampling patients; both of the scores themselves."""
+    sides: tuple[list[Plane], list[Plane]] = ([], [])
+    for one in _by_patient(slides, scores, items).values():
+        for side, values in zip(sides, one, strict=True):
+            side.append(np.array(values, np.float32))
+    none = np.empty(0, np.float32)
+    area = defined(rank_auc(*(np.concatenate([none, *side]) for side in sides)))
+    return area, None if area is None else auc_interval(*ranked(*sides), seed=seed)
+
+
+def _by_patient(
+    slides: Sequence[Slide], scores: Sequence[float], items: Mapping[str, Item]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """patient -> scores of its tumour slides and of its others, where that is known; patients in order."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for slide, score in sorted(zip(slides, scores, strict=True), key=lambda pair: items[pair[0].slide_id].patient):
         if slide.truth >= 0:
-            side = 1 - slide.truth
-            sides[side].append(score)
-            patients.setdefault(items[slide.slide_id].patient, ([], []))[side].append(score)
-    area = defined(rank_auc(*(np.array(side, np.float32) for side in sides)))
-    binned = [[Sparse.of(both[side]) for _, both in sorted(patients.items())] for side in (0, 1)]
-    return area, None if area is None else auc_interval(binned[0], binned[1], seed=seed)
+            found.setdefault(items[slide.slide_id].patient, ([], []))[1 - slide.truth].append(score)
+    return found
 
 
 def _notes(run: Run, model: Model, slides: Sequence[Slide], rules: LesionRules) -> Iterator[str]:
@@ -614,6 +631,15 @@ def _notes(run: Run, model: Model, slides: Sequence[Slide], rules: LesionRules) 
             f"{model.name}: the rules take {rules.resolution_um:g} um per px0, and there are slides of "
             f"{', '.join(f'{mpp0:g}' for mpp0 in other[:5])}: their lengths are off by as much."
         )
+
+
+def _too_few(model: Model, slides: Sequence[Slide], items: Mapping[str, Item]) -> Iterator[str]:
+    """Why the slide AUC on test has no interval, as far as the patients are to blame."""
+    test = [slide for slide in slides if items[slide.slide_id].split == JUDGED]
+    patients = _by_patient(test, [slide.score for slide in test], items)
+    sides = [sum(bool(both[i]) for both in patients.values()) for i in (0, 1)]
+    if all(sides) and (why := no_interval(len(patients), sides[0], sides[1])):
+        yield f"{model.name}: slide AUC in split {JUDGED!r}: {why}."
 
 
 # rows

@@ -3,7 +3,7 @@
 Pure NumPy. A margin is log p/(1-p) of one class against the rest, float32. Its bin is the
 top 16 bits of the ordered float32 (sign, exponent, 7 bits of mantissa), so there are
 65,536 bins, about 128 per factor of two; counts are integers and add up in any order, and
-every threshold is a bin's edge, so counts at a threshold are exact.
+thresholds that rules fit are bins' edges, so counts at them are exact.
 
 Positive means score >= threshold throughout.
 """
@@ -11,6 +11,7 @@ Positive means score >= threshold throughout.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,10 +27,43 @@ LOWEST_BIN, HIGHEST_BIN = 0x007F, 0xFF80
 MIN_PATIENTS = 5
 """Below this many patients no interval is given: resampling so few says nothing about others."""
 
+MIN_SIDE = 2
+"""Nor is one where fewer patients than this have positives, or negatives: resampling cannot vary what is of one."""
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Margins = npt.NDArray[np.float32]
 Interval = tuple[float, float]
+
+
+def probability(margins: Margins) -> Margins:
+    """Return the sigmoid of margins, float32; without overflow for any margin."""
+    with np.errstate(under="ignore"):
+        small = np.exp(-np.abs(margins.astype(np.float64)))
+        p: Margins = (np.where(margins >= 0, 1.0, small) / (1 + small)).astype(np.float32)
+    return np.where(np.isnan(margins), np.float32(np.nan), p)
+
+
+def margin_of(p: float) -> float:
+    """Return the smallest float32 margin whose `probability` is at least `p` as a float32; -inf where all are.
+
+    So a margin is at least this exactly when the probability that is stored and exported is at least `p`.
+    """
+
+    def called(key: int) -> bool:
+        return bool(probability(np.array([_float(key)]))[0] >= np.float32(p))
+
+    keys = range(-_INFINITY, _INFINITY + 1)
+    return float(_float(keys[bisect_left(keys, True, key=called)]))
+
+
+_INFINITY = 0x7F800000
+
+
+def _float(key: int) -> np.float32:
+    """The float32 of these bits, negative ones mirrored, so that floats and keys rise together."""
+    value: np.float32 = np.uint32(abs(key)).view(np.float32)
+    return value if key >= 0 else -value
 
 
 # histograms
@@ -75,9 +109,12 @@ def histogram(margins: npt.ArrayLike) -> Ints:
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """The occupied bins of a histogram: bins uint16 (n,), rising, and their counts int64 (n,), all above 0."""
+    """The occupied bins of a histogram: bins uint16 (n,), rising, and their counts int64 (n,), all above 0.
 
-    bins: npt.NDArray[np.uint16]
+    Of `ranked` scores the bins are ranks, uint32.
+    """
+
+    bins: npt.NDArray[np.uint16 | np.uint32]
     counts: Ints
 
     @classmethod
@@ -243,7 +280,7 @@ def average_precision(pos: Ints, neg: Ints) -> float:
 
 
 Rule = Callable[[Ints, Ints], float]
-"""(positives' histogram, negatives' histogram) -> a threshold that is a bin's edge."""
+"""(positives' histogram, negatives' histogram) -> a threshold, a bin's edge unless the rule asks no data."""
 
 
 def youden(pos: Ints, neg: Ints) -> float:
@@ -264,22 +301,27 @@ def best_f1(pos: Ints, neg: Ints) -> float:
     return float(curve.thresholds[int(np.argmax(2 * curve.tp / (curve.tp + curve.fp + curve.positives)))])
 
 
-def fixed_sensitivity(at_least: float) -> Rule:
-    """Return the rule: the highest threshold whose sensitivity is at least this."""
+def fixed_sensitivity(at_least: str | float) -> Rule:
+    """Return the rule: the highest threshold whose sensitivity is at least this decimal, computed with exactly."""
+    share = Fraction(str(at_least))  # as a float, 0.55 of 100 is more than 55
 
     def rule(pos: Ints, neg: Ints) -> float:
         curve = _both_classes(pos, neg)
-        return float(curve.thresholds[int(np.argmax(curve.tp >= at_least * curve.positives))])
+        return float(curve.thresholds[int(np.argmax(curve.tp >= math.ceil(share * curve.positives)))])
 
     return rule
 
 
-def fixed_specificity(at_least: float) -> Rule:
-    """Return the rule: the lowest threshold whose specificity is at least this; above every score if none is."""
+def fixed_specificity(at_least: str | float) -> Rule:
+    """Return the rule: the lowest threshold whose specificity is at least this decimal; above every score if none is.
+
+    Computed with exactly.
+    """
+    share = Fraction(str(at_least))
 
     def rule(pos: Ints, neg: Ints) -> float:
         curve = _both_classes(pos, neg)
-        good = np.flatnonzero(curve.negatives - curve.fp >= at_least * curve.negatives)
+        good = np.flatnonzero(curve.negatives - curve.fp >= math.ceil(share * curve.negatives))
         return float(curve.thresholds[good[-1]]) if len(good) else _above(curve)
 
     return rule
@@ -318,12 +360,13 @@ def _above(curve: Roc) -> float:
     return float(edge_of(min(above, HIGHEST_BIN)))
 
 
-def fixed_probability(p: float) -> Rule:
-    """Return the rule: probability `p` whatever the data; its margin is rounded down to a bin's edge."""
+def fixed_probability(at_least: str | float) -> Rule:
+    """Return the rule: this probability whatever the data. Its margin, `margin_of`, is no bin's edge."""
+    p = float(at_least)
     if not 0 < p < 1:
         raise ValueError(f"a probability lies between 0 and 1, got {p}")
-    edge = float(edge_of(bin_of([math.log(p / (1 - p))]))[0])
-    return lambda pos, neg: edge
+    margin = margin_of(p)
+    return lambda pos, neg: margin
 
 
 def _both_classes(pos: Ints, neg: Ints) -> Roc:
@@ -633,6 +676,34 @@ def resample_weights(patients: int, resamples: int = 1000, seed: int = 0) -> Int
     return rng.multinomial(patients, np.full(patients, 1 / patients), size=resamples).astype(np.int64)
 
 
+def no_interval(patients: int, with_positives: int, with_negatives: int) -> str:
+    """Say why so few patients have no interval of an AUC; "" where they may have one.
+
+    >>> no_interval(4, 4, 4), no_interval(20, 1, 20), no_interval(5, 2, 2)
+    ('no interval from 4 patients', 'no interval: 1 of 20 patients with positives, 2 are needed', '')
+    """
+    if patients < MIN_PATIENTS:
+        return f"no interval from {patients} patients"
+    for n, side in ((with_positives, "positives"), (with_negatives, "negatives")):
+        if n < MIN_SIDE:
+            return f"no interval: {n} of {patients} patients with {side}, {MIN_SIDE} are needed"
+    return ""
+
+
+def ranked(pos: Sequence[Margins], neg: Sequence[Margins]) -> tuple[list[Sparse], list[Sparse]]:
+    """Return each patient's scores, float32, as counts of their ranks among all: a bin for every distinct score.
+
+    For the interval of an AUC of scores themselves; bins of margins would hold some of them as equal.
+    """
+    distinct = np.unique(np.concatenate([np.empty(0, np.float32), *pos, *neg]))
+
+    def ranks(values: Margins) -> Sparse:
+        bins, counts = np.unique(np.searchsorted(distinct, values), return_counts=True)
+        return Sparse(bins.astype(np.uint32), counts.astype(np.int64))
+
+    return [ranks(values) for values in pos], [ranks(values) for values in neg]
+
+
 def pairwise_wins(pos: Sequence[Sparse], neg: Sequence[Sparse], block: int = 1024) -> Floats:
     """Return U, float64 (P, P): pairs won by patient p's positives against patient q's negatives, ties at 1/2.
 
@@ -651,7 +722,7 @@ def pairwise_wins(pos: Sequence[Sparse], neg: Sequence[Sparse], block: int = 102
     return wins
 
 
-def _columns(histograms: Sequence[Sparse], bins: npt.NDArray[np.uint16]) -> Floats:
+def _columns(histograms: Sequence[Sparse], bins: npt.NDArray[np.uint16 | np.uint32]) -> Floats:
     """The counts of each histogram in `bins` (rising), float64 (P, len(bins))."""
     out = np.zeros((len(histograms), len(bins)))
     for row, histogram in zip(out, histograms, strict=True):
@@ -667,11 +738,11 @@ def auc_interval(
     """Return the percentile interval of AUC when patients are resampled; entry p of `pos`, `neg` is patient p's.
 
     Tiles of one patient resemble each other, so patients are drawn, not tiles. Resamples
-    that hold one class only have no AUC and are left out. None below five patients, when more
-    than half of the resamples are left out, and when all resamples agree: a perfect result
+    that hold one class only have no AUC and are left out. None where `no_interval` says why, when
+    more than half of the resamples are left out, and when all resamples agree: a perfect result
     looks certain to resampling, however few the patients.
     """
-    if len(pos) < MIN_PATIENTS:
+    if no_interval(len(pos), *(sum(h.total > 0 for h in side) for side in (pos, neg))):
         return None
     weights = resample_weights(len(pos), resamples, seed).astype(np.float64)
     won = np.einsum("rp,rp->r", weights @ pairwise_wins(pos, neg), weights)
@@ -684,10 +755,10 @@ def rate_interval(
 ) -> Interval | None:
     """Return the percentile interval of sum(part) / sum(whole) when patients are resampled, (P,) counts each.
 
-    The same draws as `auc_interval` with the same seed; None in the same cases.
+    The same draws as `auc_interval` with the same seed; None in the same cases, of the side that `whole` counts.
     """
     parts, wholes = np.asarray(part, np.float64), np.asarray(whole, np.float64)
-    if len(parts) < MIN_PATIENTS:
+    if len(parts) < MIN_PATIENTS or np.count_nonzero(wholes) < MIN_SIDE:
         return None
     weights = resample_weights(len(parts), resamples, seed).astype(np.float64)
     return _percentiles(weights @ parts, weights @ wholes, level)

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from slideflow_ray import storage
-from slideflow_ray.metrics import MIN_PATIENTS, RATES, Confusion, Interval
+from slideflow_ray.metrics import MIN_PATIENTS, MIN_SIDE, RATES, Confusion, Interval
 from slideflow_ray.specs import Spec
 
 SCHEMA = 1
@@ -104,7 +104,8 @@ class Result(Spec):
     """How one class of one model does on one split and level; rates are None where they are not defined.
 
     `counts`, `confusion` and the rates are at the operating point, and None where there is none.
-    Intervals are 95 %, by resampling patients; `lone` of the patients are slides without patient_id.
+    Intervals are 95 %, by resampling patients; `lone` of the patients are slides without patient_id, and
+    `no_interval` says why there are too few of them, if there are.
     auc : exact; auc_004 : by the trapezoid rule over the thresholds of source 004. The latter and the expected
     calibration error are None where the score is no margin.
     """
@@ -130,6 +131,7 @@ class Result(Spec):
     expected_calibration_error: float | None = None
     score: Score = "margin"
     lone: int = 0
+    no_interval: str = ""
 
     @property
     def patients_text(self) -> str:
@@ -217,7 +219,8 @@ class Evaluation:
             "argmax": [t.model_dump(mode="json") for t in self.tables],
             "notes": list(self.notes),
             "labels": self.labels,
-            "intervals": f"95 %, percentiles of resampled patients; none below {MIN_PATIENTS} patients",
+            "intervals": f"95 %, percentiles of resampled patients; none below {MIN_PATIENTS} patients, or below "
+            f"{MIN_SIDE} with positives or with negatives",
         }
 
     def summary(self) -> str:

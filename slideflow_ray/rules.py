@@ -34,7 +34,7 @@ def rule_of(text: str) -> Rule:
         if name in _PLAIN and "=" not in text:
             return _PLAIN[name]
         if name in _WITH_VALUE and 0 < float(value) <= 1:
-            return _WITH_VALUE[name](float(value))
+            return _WITH_VALUE[name](value)
         if name == "cost":
             return _cost(value)
     except (ValueError, ZeroDivisionError):

@@ -63,6 +63,17 @@ def test_a_patient_in_two_splits_is_a_leak(tmp_path):
         read_cohort(write(tmp_path, text))
 
 
+def test_blanks_around_a_cell_make_no_other_patient(tmp_path):
+    text = 'slide_id, uri,patient_id ,split,stain\na, a.svs,"14-14134 ",train,\u00a0\nb,b.svs,14-14134,test,pas \n'
+    with pytest.raises(SplitLeakError, match=r"'14-14134' stands in more than one split: train \(a\), test \(b\)"):
+        read_cohort(write(tmp_path, text))
+    a, b = read_cohort(write(tmp_path, text.replace("test", " train")))
+    assert (a.uri, a.patient_id, a.stain) == (str(tmp_path / "a.svs"), "14-14134", None)
+    assert (b.stain, b.split) == ("pas", "train")
+    assert Item(slide_id="a", uri="a", patient_id=" p\t").patient == "p"
+    assert Item(slide_id="a", uri="a", patient_id=" ").patient == "a"
+
+
 def test_the_same_file_in_two_splits_is_a_leak_even_under_two_patients():
     items = [
         Item(slide_id="a", uri="a", patient_id="p", split="val"),

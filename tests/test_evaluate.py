@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 from scored import GRID, NODE, PROFILE, Scored, box, cells_of, two_class, write_features, write_scored_run
 from sklearn import metrics as sk
 
+from slideflow_ray import accounting, cli
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import AnnotationError, ConfigError, SplitLeakError
 from slideflow_ray.evaluate import evaluate
+from slideflow_ray.lease import lease
 from slideflow_ray.metrics import bin_of, edge_of, resample_weights
 from slideflow_ray.results import Evaluation, read_evaluation
 from slideflow_ray.rules import rule_of
@@ -104,6 +107,32 @@ def test_intervals_resample_patients(run):
     assert judged.auc_interval == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])))
     assert judged.sensitivity_interval == pytest.approx(tuple(np.quantile(rates, [0.025, 0.975])))
     assert judged.auc_interval[0] < judged.auc < judged.auc_interval[1]
+
+
+def test_positives_of_one_patient_have_no_interval_and_it_is_said(run, tmp_path):
+    _, slides = run
+    few = [s for s in slides if s.item.split != "test" or s.item.label == "normal" or s.item.patient == "E0"]
+    rng = np.random.default_rng(5)
+    few += [two_class(tmp_path, rng, f"x{i}", f"X{i}", "test", False) for i in range(3)]
+    found = evaluate(write_scored_run(tmp_path / "few", few))
+    one = result(found)
+    assert (one.patients, one.auc_interval, one.sensitivity_interval) == (7, None, None)
+    assert one.specificity_interval is not None
+    assert one.no_interval == "no interval: 1 of 7 patients with positives, 2 are needed"
+    assert any("fake, test, tile, tumor: no interval: 1 of 7" in note for note in found.notes)
+
+
+def test_the_interval_of_slides_is_of_their_scores_themselves(tmp_path):
+    rng = np.random.default_rng(6)
+    slides = []
+    for split, n in (("val", 4), ("test", 40)):
+        for i in range(n):
+            top = np.float32(3 + (i % 2) * 0.002 + rng.uniform(0, 0.004))  # all in one bin of margins
+            item = Item(slide_id=f"{split}{i}", uri="x", split=split, label=("normal", "tumor")[i % 2])
+            slides.append(Scored(item, cells_of(1, 2), np.array([[-top, top], [0, 0]]), (1, 2)))
+    one = result(evaluate(write_scored_run(tmp_path / "out", slides)), "slide")
+    assert one.auc > 0.7
+    assert one.auc_interval[0] < one.auc < one.auc_interval[1]
 
 
 def test_slides_and_patients_are_judged_by_the_cohorts_label(run):
@@ -280,6 +309,32 @@ def test_names_in_run_toml_are_used_for_annotations_and_labels(tmp_path):
     assert result(found, "slide").positives == 4
 
 
+def test_a_name_that_maps_to_no_class_is_refused(run):
+    out, _ = run
+    with pytest.raises(ConfigError, match="'nix', which is no class of fake") as error:
+        evaluate(out, names={"malignant": "nix"})
+    assert "normal, tumor" in error.value.step
+
+
+def test_a_run_that_was_killed_before_it_recorded_anything_is_no_strange_folder(tmp_path, capsys):
+    (tmp_path / "lease.json").write_text("{}")
+    os.utime(tmp_path / "lease.json", (0, 0))
+    for command in (["status"], ["report"], ["evaluate"], ["verify"], ["export", "--to", "csv"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command, str(tmp_path)])
+        said = capsys.readouterr().err
+        assert end.value.code == 2
+        assert "was started" in said
+        assert "has recorded nothing yet. Next: Run the same command again" in said
+    with lease(tmp_path), pytest.raises(ConfigError, match="has recorded nothing yet") as error:
+        accounting.status(tmp_path)
+    assert "under way" in error.value.step
+    with pytest.raises(ConfigError, match=r"is not the output folder .* no run\.json") as error:
+        accounting.status(tmp_path / "nix")
+    assert "started" not in error.value.step
+    assert "--out" in error.value.step
+
+
 def test_no_run_an_unfinished_one_and_a_strange_rule_are_configuration(run, tmp_path):
     with pytest.raises(ConfigError, match=r"run\.json"):
         evaluate(tmp_path / "nothing")
@@ -298,7 +353,7 @@ def test_no_run_an_unfinished_one_and_a_strange_rule_are_configuration(run, tmp_
     [
         ("sensitivity=0.9", lambda p: p.sensitivity >= 0.9),
         ("specificity=0.95", lambda p: p.specificity >= 0.95),
-        ("probability=0.5", lambda p: p.threshold == 0),
+        ("probability=0.5", lambda p: p.probability == 0.5),
         ("f1", lambda p: p.rule == "f1"),
     ],
 )
@@ -369,8 +424,8 @@ def test_presets_cost_and_what_is_recorded(run):
     out, slides = run
     points = evaluate(out, rule="004", resamples=10).points
     assert {p.rule for p in points} == {"004 (probability=0.8)"}
-    assert {p.threshold for p in points} == {float(edge_of(bin_of([math.log(4)]))[0])}
-    assert {p.threshold for p in evaluate(out, rule="003", resamples=10).points} == {0}
+    assert {p.threshold for p in points} == {float(np.float32(math.log(4)))}
+    assert {round(p.threshold, 6) for p in evaluate(out, rule="003", resamples=10).points} == {0}
     assert {(p.split, p.score) for p in points} == {("val", "margin"), ("val", "max")}
     truth, margins = pooled(slides, "val")
     (point,) = [p for p in evaluate(out, rule="cost=9", resamples=10).points if p.level == "tile"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,38 @@ def test_scikit_learn_on_the_exported_margins_says_the_same(scored, tmp_path):
     np.testing.assert_allclose(table["by_total"], sk.confusion_matrix(truth, called, normalize="all"))
 
 
+def test_a_fixed_probability_is_applied_to_the_exported_probabilities_exactly(tmp_path):
+    rng = np.random.default_rng(3)
+    slides = []
+    for split, i in [("val", 0), ("val", 1), *(("test", i) for i in range(6))]:
+        one = two_class(tmp_path, rng, f"{split}{i}", f"{split}{i}", split, i % 2 == 0)
+        p = one.margins[:, 1].astype(np.float64)
+        p[[0, 40, 80]] = [math.log(0.7995 / 0.2005), math.log(4), math.log(0.799999 / 0.200001)]
+        p[1:9] = math.log(4)  # of tumour, where there is any
+        slides.append(Scored(one.item, one.cells, np.column_stack([-p, p]), one.shape))
+    out = write_scored_run(tmp_path / "out", slides)
+    found = evaluate(out, rule="004", resamples=10)
+    tables = tables_of(export(out, "parquet", folder=tmp_path))
+    for split in ("val", "test"):
+        rows = [row for name, table in tables.items() if name.startswith(split) for row in table]
+        truth = np.array([row["label"] == "tumor" for row in rows])
+        called = np.array([row["prob_tumor"] for row in rows], np.float32) >= 0.8
+        tn, fp, fn, tp = sk.confusion_matrix(truth, called).ravel()
+        (judged,) = [r for r in found.results if (r.level, r.split) == ("tile", split)]
+        assert judged.counts == {"tp": tp, "fn": fn, "fp": fp, "tn": tn}
+    (point,) = [p for p in found.points if p.level == "tile"]
+    assert (point.positives, point.negatives) == (judged_of(found, "val").positives, judged_of(found, "val").negatives)
+    assert point.sensitivity == judged_of(found, "val").rates["sensitivity"]
+    rows = [r for r in read_table(out / "slides.parquet") if r["split"] == "test"]
+    (slide,) = [r for r in found.results if (r.level, r.split) == ("slide", "test")]
+    assert slide.counts["tp"] == sum(r["truth"] and r["called"] for r in rows)
+    assert slide.counts["fp"] == sum(not r["truth"] and r["called"] for r in rows)
+
+
+def judged_of(found, split):
+    return next(r for r in found.results if (r.level, r.split) == ("tile", split))
+
+
 def test_csv_has_wsinfers_columns_and_the_same_bits(scored, tmp_path):
     tables = tables_of(export(scored, "parquet", folder=tmp_path))
     for path in export(scored, "csv", folder=tmp_path).files:
@@ -137,8 +170,9 @@ def test_geojson_holds_the_tiles_called_at_the_operating_point(scored, tmp_path)
 
 
 def test_what_is_not_there_is_said(scored, tmp_path):
-    with pytest.raises(ConfigError, match="no slide nobody"):
+    with pytest.raises(ConfigError, match="no slide nobody") as error:
         export(scored, "csv", slides=["nobody"])
+    assert "val0" in error.value.step
     with pytest.raises(ConfigError, match="no model other; it has fake"):
         export(scored, "csv", models=["other"])
     with pytest.raises(ConfigError, match=r"nothing in .* to export to crops"):

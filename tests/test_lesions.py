@@ -26,7 +26,7 @@ from slideflow_ray.lesions import (
     heatmap_score,
     tumour_mask,
 )
-from slideflow_ray.metrics import FROC_FALSE_POSITIVES, froc
+from slideflow_ray.metrics import FROC_FALSE_POSITIVES, froc, resample_weights
 from slideflow_ray.tables import read_table
 
 # the rules once more, literally: every pixel and every threshold by itself
@@ -404,6 +404,27 @@ def test_slides_are_scored_and_what_is_left_out_is_said(run):
     assert "test_114 left out of the FROC" in text
     assert f"0.243 um per px0, and there are slides of {MPP0:g}" not in text  # 3 % off is near enough
     assert "FROC 0.500" in found.summary()
+
+
+def test_the_interval_of_the_slide_auc_is_of_the_scores_themselves(tmp_path):
+    """Forty slides whose probabilities lie above 0.996, where a bin of margins is 0.4 % wide."""
+    rng = np.random.default_rng(0)
+    slides, truth, top = [], [], []
+    for i in range(40):
+        p = rng.uniform(0.9990, 0.9999) if i % 2 and i != 5 else rng.uniform(0.9963, 0.9993)
+        hot = {(r, c): p for r in range(4) for c in range(4)}
+        slides.append(slide_of(tmp_path, f"s{i}", "test", [(60, 60, 140, 140)] if i % 2 else [], hot))
+        truth.append(i % 2)
+        top.append(p)
+    (result,) = camelyon16(write_scored_run(tmp_path / "out", slides)).results
+    scores = np.array(top)
+    areas = []
+    for weights in resample_weights(40):
+        chosen = np.repeat(np.argsort([s.item.patient for s in slides]), weights)
+        areas.append(sk.roc_auc_score(np.array(truth)[chosen], scores[chosen]))
+    assert result.auc == pytest.approx(sk.roc_auc_score(truth, scores))
+    assert result.auc_interval == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])))
+    assert result.auc_interval[0] < result.auc < result.auc_interval[1]
 
 
 def test_the_same_run_makes_the_same_bytes_and_json_says_the_rules(run):

@@ -169,16 +169,33 @@ def test_fixed_rules_keep_their_word():
     assert counts.f1 == pytest.approx(sk.f1_score(truth, margins >= m.best_f1(pos, neg)))
 
 
+@pytest.mark.parametrize("share", ["0.55", "0.7", "0.95", "0.07"])
+def test_a_share_is_a_decimal_and_no_float(share):
+    """0.55 * 100 is 55.00000000000001, and 0.07 * 100 is 7.000000000000001: one case too many would be asked for."""
+    cases = m.histogram(np.arange(1, 101, dtype=np.float32))
+    other = m.histogram([0.5])
+    need = int(Fraction(share) * 100)
+    for value in (share, float(share)):
+        t = m.fixed_sensitivity(value)(cases, other)
+        assert m.counts_at(cases, other, t).tp == need
+        t = m.fixed_specificity(value)(m.histogram([200.0]), cases)
+        assert m.counts_at(m.histogram([200.0]), cases, t).tn == need
+
+
 def test_specificity_beyond_reach_calls_nothing():
     pos, neg = m.histogram([1.0]), m.histogram([2.0])
     t = m.fixed_specificity(1.0)(pos, neg)
     assert m.counts_at(pos, neg, t) == m.Counts(0, 1, 0, 1)
 
 
-def test_probability_needs_no_data():
+@pytest.mark.parametrize("p", [1e-6, 0.05, 0.3, 0.5, 0.8, 0.9, 0.99, 0.9999])
+def test_a_probability_needs_no_data_and_is_called_exactly_where_it_is_reached(p):
     nothing = np.zeros(m.BINS, np.int64)
-    assert m.fixed_probability(0.5)(nothing, nothing) == 0.0
-    assert m.fixed_probability(0.8)(nothing, nothing) == pytest.approx(math.log(4), rel=0.008)
+    t = m.fixed_probability(p)(nothing, nothing)
+    assert t == pytest.approx(math.log(p / (1 - p)), abs=1e-7 / (p * (1 - p)))
+    near = np.float32(t) + np.arange(-9, 10, dtype=np.float32) * np.spacing(np.float32(max(abs(t), 1e-9)))
+    assert np.array_equal(near >= np.float32(t), m.probability(near) >= np.float32(p))
+    assert m.probability(np.nextafter(np.float32(t), np.float32([-np.inf])))[0] < np.float32(p)
     with pytest.raises(ValueError):
         m.fixed_probability(1.0)
 
@@ -284,6 +301,34 @@ def test_the_interval_is_that_of_resampled_patients():
         n = np.concatenate([np.repeat(x, w) for x, w in zip(neg, weights, strict=True)])
         areas.append(sk.roc_auc_score(np.r_[np.ones(len(p)), np.zeros(len(n))], on_edges(np.r_[p, n])))
     assert (low, high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=1e-9)
+
+
+def test_ranked_scores_have_the_interval_of_the_scores_themselves():
+    """Probabilities near 1: a bin of margins holds 0.4 % of them as equal."""
+    pos, neg = ([np.float32(1) - np.float32(2**-12) * np.exp(-x) for x in side] for side in cohort(12))
+    whole = m.ranked(pos, neg)
+    low, high = m.auc_interval(*whole, resamples=200, seed=3)
+    areas = []
+    for weights in m.resample_weights(12, 200, 3):
+        p = np.concatenate([np.repeat(x, w) for x, w in zip(pos, weights, strict=True)])
+        n = np.concatenate([np.repeat(x, w) for x, w in zip(neg, weights, strict=True)])
+        areas.append(sk.roc_auc_score(np.r_[np.ones(len(p)), np.zeros(len(n))], np.r_[p, n]))
+    assert (low, high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=1e-9)
+    area = m.auc(*(m.together(side) for side in whole))
+    assert area == pytest.approx(m.rank_auc(np.concatenate(pos), np.concatenate(neg)))
+    assert low < area < high
+
+
+def test_one_patient_on_a_side_has_no_interval():
+    rng = np.random.default_rng(1)
+    neg = [m.Sparse.of(rng.normal(0, 1, 50)) for _ in range(20)]
+    for n, some in ((1, False), (2, True)):
+        pos = [m.Sparse.of(rng.normal(1, 1, 50)) if i < n else m.Sparse.empty() for i in range(20)]
+        assert (m.auc_interval(pos, neg) is not None) == some
+        assert (m.auc_interval(neg, pos) is not None) == some
+        whole = [h.total for h in pos]
+        assert (m.rate_interval(np.array(whole) * np.linspace(0.3, 0.9, 20), whole) is not None) == some
+        assert bool(m.no_interval(20, n, 20)) == bool(m.no_interval(20, 20, n)) == (not some)
 
 
 def test_rates_have_the_same_interval():
