@@ -177,17 +177,21 @@ def write_heatmap(part: Part) -> int:
     Level 0 has one pixel per grid cell, float32 (c, y, x) probabilities, NaN where there is no tile.
     Raises CorruptStore, StoreError.
     """
-    store, node = part.store, f"heatmaps/{part.grid}/{part.model}"
+    node = f"heatmaps/{part.grid}/{part.model}"
+    return 0 if part.store.committed(node) else write_cells(part.store, part.grid, node, probability(part.margins()))
+
+
+def write_cells(store: SlideStore, grid: str, node: str, rows: Floats) -> int:
+    """Write and commit one value per tile, float32 (N, C), as an OME-Zarr pyramid; return 1, or 0 if it is there."""
     if store.committed(node):
         return 0
-    about = store.node_attrs(f"grids/{part.grid}")
-    cells = store.read(f"grids/{part.grid}/rowcol")
-    levels = pyramid(plane(probability(part.margins()), cells, tuple(about["shape"])))
+    about = store.node_attrs(f"grids/{grid}")
+    levels = pyramid(plane(rows, store.read(f"grids/{grid}/rowcol"), tuple(about["shape"])))
     tile, mpp0 = about["determines"]["tile"], about["determines"]["mpp0"]
     side_px0 = max(1, round(tile["tile_px"] * scale_of(tile["mpp"], mpp0)))
     step_um = (tile["stride_px"] or tile["tile_px"]) * tile["mpp"]
     first_um = (side_px0 - 1) / 2 * mpp0
-    store.make_group(node, {"ome": multiscales(part.model, step_um, first_um, len(levels))})
+    store.make_group(node, {"ome": multiscales(node.rpartition("/")[2], step_um, first_um, len(levels))})
     for level, values in enumerate(levels):
         name = f"{node}/{level}"
         store.create_rows(name, values.shape, np.float32, 1, fill=math.nan, dimension_names=("c", "y", "x"))

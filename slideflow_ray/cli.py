@@ -632,6 +632,58 @@ def _json(text: str, option: str) -> Any:
         raise ConfigError(f"{option} {text!r} is not JSON: {error}.") from error
 
 
+mil = typer.Typer(help="Slide classifiers on stored features, from slide labels alone.", no_args_is_help=True)
+app.add_typer(mil, name="mil", context_settings={"help_option_names": ["-h", "--help"]})
+
+
+class PoolingName(StrEnum):
+    """How tiles become a slide."""
+
+    attention = "attention"
+    mean = "mean"
+    max = "max"
+
+
+@mil.command("train")
+def mil_train(
+    out: Annotated[Path, typer.Argument(help="Output folder of a run that keeps features.")],
+    bundle: Annotated[Path, typer.Option("--out", "-o", help="The slide classifier to write (a folder).")],
+    classes: Annotated[str, typer.Option(help="Labels of slides, the background first: normal,tumor")],
+    encoder: Annotated[str | None, typer.Option(help="Whose features, where several models keep them.")] = None,
+    pooling: Annotated[PoolingName, typer.Option(help="attention (ABMIL), mean or max.")] = PoolingName.attention,
+    epochs: Annotated[int, typer.Option(min=1, help="At most.")] = 100,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    max_tiles: Annotated[int, typer.Option(min=1, help="Tiles drawn of a slide in an epoch, at most.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the slide classifier at --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a slide classifier on a run's features: train split, best epoch on val, test untouched."""
+    from slideflow_ray.progress import to_stderr
+    from slideflow_ray.train.mil import MilSpec, train_mil
+
+    values = {"pooling": pooling.value, "epochs": epochs, "lr": lr, "max_tiles": max_tiles, "seed": seed}
+    names = tuple(name.strip() for name in classes.split(","))
+    spec = MilSpec.parse(values, "options")
+    done = train_mil(out, bundle, names, spec, encoder=encoder, overwrite=overwrite, listen=to_stderr())
+    best = {"bundle": str(done.bundle), "slides": done.bags, **done.history[done.best_epoch]}
+    typer.echo(json.dumps(best) if as_json else done.summary())
+
+
+@mil.command("apply")
+def mil_apply(
+    out: OutArgument,
+    model: Annotated[Path, typer.Option("--model", "-m", help="A slide classifier.")],
+    rule: Annotated[str, typer.Option(help="Of the operating points, as in evaluate.")] = "youden",
+    as_json: Json = False,
+) -> None:
+    """Score a run's slides, keep the attention of each tile as rows and a heatmap, evaluate by slide and patient."""
+    from slideflow_ray.mil import apply_mil
+
+    found = apply_mil(out, model, rule=rule)
+    typer.echo(json.dumps(found.to_json()) if as_json else found.summary())
+
+
 @app.command()
 def phantoms(
     folder: Annotated[Path, typer.Argument(help="Where to write slides, annotations and cohort.csv.")],

@@ -154,18 +154,7 @@ def _evaluate_model(run: Run, model: Model, settings: Settings) -> _Done:
     thresholds, notes = _thresholds(model, judged, settings)
     at = {c: threshold for (level, c), threshold in thresholds.items() if level == "tile"}
     calls = aggregate.read_calls(parts, model.classes, at, model.argmax, run.scheduler)
-    frozen = [(one, thresholds.get((one.level, one.index))) for one in judged]
-    counts = [None if at is None else _counts(run, one, at, calls) for one, at in frozen]
-    points = [
-        _point(run, model, one, at, by_patient, settings)
-        for (one, at), by_patient in zip(frozen, counts, strict=True)
-        if at is not None and by_patient is not None and one.split == FITTED
-    ]
-    results = tuple(
-        _judge(run, model, one, at, by_patient, settings)
-        for (one, at), by_patient in zip(frozen, counts, strict=True)
-        if one.cases
-    )
+    points, results = _answers(run, model, judged, thresholds, calls, settings)
     notes = [*_left_out(run, model, parts, tiles), *notes, *_missed(run, model, parts)]
     notes += [note for one in judged if one.split == JUDGED for note in _ill_posed(model, one)]
     if not any(r.split == JUDGED for r in results):
@@ -180,6 +169,47 @@ def _evaluate_model(run: Run, model: Model, settings: Settings) -> _Done:
     }
     items = {item.slide_id: item for item in run.items}
     return _Done(Evaluation(tuple(points), results, _tables(model, calls, items), tuple(notes)), rows)
+
+
+def _answers(
+    run: Run,
+    model: Model,
+    judged: Sequence[Judged],
+    thresholds: Thresholds,
+    calls: Calls,
+    settings: Settings,
+) -> tuple[list[OperatingPoint], tuple[Result, ...]]:
+    """The operating points of validation, and every result at them."""
+    frozen = [(one, thresholds.get((one.level, one.index))) for one in judged]
+    counts = [None if at is None else _counts(run, one, at, calls) for one, at in frozen]
+    points = [
+        _point(run, model, one, at, by_patient, settings)
+        for (one, at), by_patient in zip(frozen, counts, strict=True)
+        if at is not None and by_patient is not None and one.split == FITTED
+    ]
+    results = tuple(
+        _judge(run, model, one, at, by_patient, settings)
+        for (one, at), by_patient in zip(frozen, counts, strict=True)
+        if one.cases
+    )
+    return points, results
+
+
+def evaluate_slides(
+    run: Run, model: Model, slides: Tiles, rule: str, seed: int = 0, resamples: int = 1000
+) -> Evaluation:
+    """Evaluate a model that answers by slide (its margins stand where `slides` has those of the highest tile).
+
+    Levels are slide and patient; the rest is as `evaluate` does it. Raises ConfigError for an unknown rule.
+    """
+    rule_of(rule)
+    settings = Settings(rule, "max", seed, resamples)
+    pairs = [(level, c, split) for level in LEVELS[1:] for c in model.targets for split in (FITTED, JUDGED)]
+    judged = [slides_judged(run, model, slides, level, c, split, "max") for level, c, split in pairs]
+    thresholds, notes = _thresholds(model, judged, settings)
+    points, results = _answers(run, model, judged, thresholds, Calls({}, {}), settings)
+    notes += [note for one in judged if one.split == JUDGED for note in _ill_posed(model, one)]
+    return Evaluation(tuple(points), results, (), tuple(notes))
 
 
 def _judged(run: Run, model: Model, parts: Sequence[Part], tiles: Tiles, settings: Settings) -> list[Judged]:

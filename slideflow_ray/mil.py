@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from slideflow_ray import storage
-from slideflow_ray.aggregate import SlideScores, write_plane_pyramid
+from slideflow_ray.aggregate import SlideScores, Tiles, write_cells
 from slideflow_ray.cases import Model, Run, read_run
 from slideflow_ray.errors import BundleError
 from slideflow_ray.evaluate import evaluate_slides
@@ -84,7 +84,7 @@ def apply_mil(
         without = tuple(item.slide_id for item in run.items if item.slide_id not in margins)
         model = Model(node, card.name, "classify", card.classes)
         scores = {name: _as_scores(rows) for name, rows in margins.items()}
-        found = evaluate_slides(run, model, scores, rule)
+        found = evaluate_slides(run, model, Tiles({}, scores), rule)
         table = run.out / "mil" / f"{node}.parquet"
         write_table(table, _columns(card), [_row(run, card, name, margins) for name in margins])
         storage.write_atomic(run.out / "mil" / f"{node}.json", storage.to_json({"schema": 1, **found.to_json()}))
@@ -114,7 +114,7 @@ def _apply(net: Mil, bag: Bag, node: str) -> Floats:
         if not store.committed(f"attention/{grid}/{node}"):
             store.write_array(f"attention/{grid}/{node}", part, {"unit": "weight times number of tiles"})
             store.commit(f"attention/{grid}/{node}")
-        write_plane_pyramid(store, grid, f"heatmaps/{grid}/attention-{node}", part[:, None])
+        write_cells(store, grid, f"heatmaps/{grid}/attention-{node}", part[:, None])
     found: Floats = to_margins(logits[None], "classify")[0].numpy()
     return found
 

@@ -36,6 +36,7 @@ LAYERS = [
         "promote",
         "train",
         "explain",
+        "mil",
     ],
     ["quality", "figures"],
     ["report", "export", "web", "nightly", "submit", "progress", "doctor", "demo"],

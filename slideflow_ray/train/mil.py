@@ -254,7 +254,7 @@ def _epoch(
         optimiser.zero_grad(set_to_none=True)
         for bag in several:
             loss = _loss(net(_drawn(bag, spec, epoch, "tiles"))[0], bag.label, weights)
-            (loss / len(several)).backward()
+            (loss / len(several)).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         optimiser.step()
     if not math.isfinite(total):
