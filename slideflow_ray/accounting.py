@@ -175,12 +175,13 @@ def read_run(out: Path) -> dict[str, Any]:
 def run_digest(record: Mapping[str, Any]) -> str:
     """Return a digest of what an evaluation of a run is of: items, what is scored of them, models, profile, labels.
 
-    A rerun that found nothing to do leaves it as it is; what a run says of its speed or its failures' texts is not in.
+    A rerun that found nothing to do leaves it as it is. Not in it are the failures' texts, how long the run took, and
+    where the slides lie: what a scored file is, its identity says.
     """
     kept = ("status", "tiles", "identity", "grids", "pack", "row", "packed")
     return digest(
         {
-            "items": record["items"],
+            "items": [{key: value for key, value in item.items() if key != "uri"} for item in record["items"]],
             "outcomes": {slide_id: [o.get(key) for key in kept] for slide_id, o in record["outcomes"].items()},
             "models": [[m["node"], m["name"], m["task"], list(m["classes"])] for m in record["models"]],
             "profile": record["profile_digest"],
