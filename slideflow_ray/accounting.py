@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError, SlideflowError
 from slideflow_ray.lease import held
 from slideflow_ray.pipeline import Context
-from slideflow_ray.specs import OBJECTS, RunSpec, WholeSpec
+from slideflow_ray.specs import OBJECTS, RunSpec, WholeSpec, digest
 from slideflow_ray.store import folder_name
 
 
@@ -172,6 +172,24 @@ def read_run(out: Path) -> dict[str, Any]:
         raise ConfigError(f"{out} is not the output folder of a run: it has no run.json.", next_step=step)
     step = "It is under way: ask again in a while." if held(out) else "Run the same command again: it resumes."
     raise ConfigError(f"A run was started in {out} and has recorded nothing yet.", next_step=step)
+
+
+def run_digest(record: Mapping[str, Any]) -> str:
+    """Return a digest of what an evaluation of a run is of: items, what is scored of them, models, profile, labels.
+
+    A rerun that found nothing to do leaves it as it is. Not in it are the failures' texts, how long the run took, and
+    where the slides lie: what a scored file is, its identity says.
+    """
+    kept = ("status", "tiles", "identity", "grids", "pack", "row", "packed")
+    return digest(
+        {
+            "items": [{key: value for key, value in item.items() if key != "uri"} for item in record["items"]],
+            "outcomes": {slide_id: [o.get(key) for key in kept] for slide_id, o in record["outcomes"].items()},
+            "models": [[m["node"], m["name"], m["task"], list(m["classes"])] for m in record["models"]],
+            "profile": record["profile_digest"],
+            "labels": record["spec"].get("labels"),
+        }
+    )
 
 
 STARTED = ("lease.json", "commits", "profiles")

@@ -51,6 +51,7 @@ SLIDE_COLUMNS: Columns = {
     "annotated_um2": "float",
     "missed_um2": "float",
     "missed_share": "float",
+    "labels": "text",
 }
 PATIENT_COLUMNS: Columns = {
     "patient_id": "text",
@@ -126,8 +127,12 @@ def slide_rows(
     points: Sequence[OperatingPoint],
     score: SlideScore,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row per scored slide and class; counts and rates are of its tiles, at the tiles' operating point."""
+    """Yield one row per scored slide and class; counts and rates are of its tiles, at the tiles' operating point.
+
+    `labels` is the node of the store that holds its tiles' labels.
+    """
     frozen = {p.class_name: p.threshold for p in points if p.level == "slide"}
+    labels = {part.slide_id: part.labels for part in parts}
     areas = {part.slide_id: {name: both for name, *both in part.annotated} for part in parts}
     for item in run.items:
         if item.slide_id not in tiles.slides:
@@ -156,6 +161,7 @@ def slide_rows(
                 "tiles_unknown": scores.unknown,
                 **(_counted(counts) if counts else {}),
                 **_missed(areas.get(item.slide_id, {}).get(name)),
+                "labels": labels.get(item.slide_id),
             }
 
 

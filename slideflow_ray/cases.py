@@ -70,7 +70,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Run:
-    """What run.json says."""
+    """What run.json says; `digest` is that of `accounting.run_digest`."""
 
     out: Path
     items: tuple[Item, ...]
@@ -79,6 +79,7 @@ class Run:
     labels: LabelSpec
     profile_digest: str | None
     scheduler: Scheduler
+    digest: str = ""
 
     @cached_property
     def identities(self) -> dict[str, str]:
@@ -123,6 +124,7 @@ def read_run(
         labels=spec.labels.model_copy(update=update | (label_rule(labels) if labels else {})),
         profile_digest=record["profile_digest"],
         scheduler=scheduler or spec.dask,
+        digest=accounting.run_digest(record),
     )
 
 

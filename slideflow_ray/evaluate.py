@@ -48,6 +48,7 @@ from slideflow_ray.results import (
     Result,
     Table,
     defined,
+    withdraw,
     write_evaluation,
 )
 from slideflow_ray.rules import fixes_probability, rule_of, written
@@ -96,7 +97,7 @@ def evaluate(
     seed: int = 0,
     resamples: int = 1000,
 ) -> Evaluation:
-    """Evaluate every model of a run and write the tables beside its stores.
+    """Evaluate every model of a run and write the tables beside its stores, in place of an earlier evaluation's.
 
     Parameters
     ----------
@@ -121,21 +122,23 @@ def evaluate(
     with lease(run.out):
         settings = Settings(rule, slide_score, seed, resamples)
         done = [_evaluate_model(run, model, settings) for model in run.models]
-        evaluation = _together([d.found for d in done], label_text(run.labels))
+        evaluation = _together([d.found for d in done], run)
+        withdraw(run.out)
         for name, columns in TABLES.items():
             write_table(run.out / f"{name}.parquet", columns, [row for d in done for row in d.rows[name]])
         write_evaluation(run.out, evaluation)
     return evaluation
 
 
-def _together(found: Sequence[Evaluation], labels: str) -> Evaluation:
+def _together(found: Sequence[Evaluation], run: Run) -> Evaluation:
     notes = tuple(note for one in found for note in one.notes)
     return Evaluation(
         points=tuple(point for one in found for point in one.points),
         results=tuple(result for one in found for result in one.results),
         tables=tuple(table for one in found for table in one.tables),
         notes=notes if found else ("The run had no classifier, so there is nothing to evaluate.",),
-        labels=labels,
+        labels=label_text(run.labels),
+        run=run.digest,
     )
 
 

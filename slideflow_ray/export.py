@@ -28,11 +28,11 @@ from slideflow_ray import accounting, aggregate, storage
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.planes import Objects, objects_node, read_objects
-from slideflow_ray.results import OperatingPoint, read_evaluation
+from slideflow_ray.results import Evaluation, OperatingPoint, read_current
 from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import OBJECTS, ObjectSpec
 from slideflow_ray.store import SlideStore, folder_name
-from slideflow_ray.tables import Columns, write_table
+from slideflow_ray.tables import Columns, read_table, write_table
 
 To = Literal["geojson", "parquet", "csv", "ome-zarr", "ome-tiff", "crops"]
 
@@ -49,7 +49,7 @@ JPEG_QUALITY = 92
 class Scored:
     """One model's results on one grid of one slide. `item` of the cohort, `model` of run.json with its settings.
 
-    `point` are its operating points by tile, by class; `labels` the rule by which tiles were labelled.
+    `point` are its operating points by tile, by class; `labels` the node that holds its tiles' labels, if any.
     """
 
     store: SlideStore
@@ -129,7 +129,10 @@ def export(
     found = Exported()
     if not record["finished"]:
         found.notes.append("The run has not ended: this is what was committed so far.")
-    for scored in _scored(out, record, slides, models):
+    current = read_current(out, record)
+    if current.evaluation is None and current.stale:
+        found.notes.append(f"Operating points and labels are left out, as they were {current.stale}.")
+    for scored in _scored(out, record, slides, models, current.evaluation):
         found.files += writer(scored, Path(folder) if folder else out)
     if to in ("parquet", "csv"):
         found.files += _images(out, record, slides, models, to, Path(folder) if folder else out)
@@ -171,10 +174,13 @@ def _models(record: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, A
     ]
 
 
-def _scored(out: Path, record: Mapping[str, Any], slides: Sequence[str], models: Sequence[str]) -> Iterator[Scored]:
+def _scored(
+    out: Path, record: Mapping[str, Any], slides: Sequence[str], models: Sequence[str], evaluation: Evaluation | None
+) -> Iterator[Scored]:
     """Every committed result of the run's models, in the cohort's order; those of other settings are left out."""
-    evaluation = read_evaluation(out)
     points = evaluation.points if evaluation else ()
+    rows = read_table(out / "slides.parquet") if evaluation else []
+    labels = {(row["slide_id"], row["model"]): row["labels"] or "" for row in rows}
     for row in record["items"]:
         item = Item.parse(row, "run.json")
         if slides and item.slide_id not in slides:
@@ -187,8 +193,7 @@ def _scored(out: Path, record: Mapping[str, Any], slides: Sequence[str], models:
                 grid = node.split("/")[1]
                 if node.endswith(f"/{model['node']}") and (laid is None or grid in laid):
                     mine = {p.class_name: p for p in points if (p.model, p.level) == (model["node"], "tile")}
-                    rule = evaluation.labels.partition("=")[0] if evaluation else ""
-                    yield Scored(store, item, grid, model, mine, rule)
+                    yield Scored(store, item, grid, model, mine, labels.get((item.slide_id, model["node"]), ""))
 
 
 def _target(scored: Scored, folder: Path, what: str, ending: str) -> Path:
@@ -220,16 +225,11 @@ def _table(scored: Scored) -> dict[str, Any]:
 
 
 def _labels(scored: Scored, n: int) -> list[str | None]:
-    """The class each tile is labelled, None where that is not known or the labels exclude each other not."""
-    nodes = [
-        node
-        for node in scored.store.nodes(f"labels/{scored.grid}")
-        if node.startswith(f"labels/{scored.grid}/{scored.labels}")
-        and scored.store.node_attrs(node)["determines"]["classes"] == scored.classes
-    ]
-    if not nodes or scored.model["task"] != "classify":
+    """The class each tile was labelled when it was evaluated, None where there is none, or may be several."""
+    of_grid = scored.labels.startswith(f"labels/{scored.grid}/")
+    if not of_grid or scored.model["task"] != "classify":
         return [None] * n
-    labels = scored.store.read(nodes[-1])
+    labels = scored.store.read(scored.labels)
     known = (labels == 1).any(axis=1)
     which = zip(labels.argmax(axis=1).tolist(), known.tolist(), strict=True)
     return [scored.classes[c] if is_known else None for c, is_known in which]
@@ -343,7 +343,7 @@ def _objects(scored: Scored) -> Iterator[dict[str, Any]]:
 def _said_of_objects(scored: Scored, n: int) -> dict[str, npt.NDArray[np.float32]]:
     out, record = scored.store.root.parent.parent, accounting.read_run(scored.store.root.parent.parent)
     said: dict[str, npt.NDArray[np.float32]] = {}
-    for other in _scored(out, record, [scored.item.slide_id], []):
+    for other in _scored(out, record, [scored.item.slide_id], [], None):
         if other.model["on"] == f"{OBJECTS}{scored.model['name']}" and other.model["task"] != "features":
             values = aggregate.probability(other.margins())
             if len(values) == n:

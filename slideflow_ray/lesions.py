@@ -393,16 +393,17 @@ class LesionResult:
 
 @dataclass(frozen=True)
 class LesionResults:
-    """What the evaluation by lesion came to. `notes` say what was left out."""
+    """What the evaluation by lesion came to. `notes` say what was left out; `run` is the digest of the run."""
 
     results: tuple[LesionResult, ...]
     notes: tuple[str, ...]
     rules: LesionRules = OFFICIAL
+    run: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         results = [asdict(result) for result in self.results]
-        about = {"rules": asdict(self.rules), "forest": FOREST, "features": FEATURES}
+        about = {"run": self.run, "rules": asdict(self.rules), "forest": FOREST, "features": FEATURES}
         return {"schema": SCHEMA, **about, "results": results, "notes": list(self.notes)}
 
     def summary(self) -> str:
@@ -478,7 +479,7 @@ def camelyon16(
             notes += said
             for name in TABLES:
                 rows[name] += tables[name]
-        evaluation = LesionResults(tuple(found), tuple(notes), rules)
+        evaluation = LesionResults(tuple(found), tuple(notes), rules, run.digest)
         for name, columns in TABLES.items():
             write_table(run.out / f"{name}.parquet", columns, rows[name])
         storage.write_atomic(run.out / "froc.json", storage.to_json(evaluation.to_json()))

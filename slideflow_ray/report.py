@@ -31,7 +31,7 @@ from slideflow_ray.metrics import Confusion, Interval
 from slideflow_ray.packs import UNSCALED
 from slideflow_ray.planes import objects_node, read_areas, read_objects
 from slideflow_ray.quality import BLURRED, read_quality
-from slideflow_ray.results import FITTED, JUDGED, Evaluation, Result, Table, read_evaluation
+from slideflow_ray.results import FITTED, JUDGED, Evaluation, Result, Table, read_current
 from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import OBJECTS, ObjectSpec
 from slideflow_ray.store import SlideStore
@@ -109,7 +109,8 @@ def percent(value: float | None) -> str:
 def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
     """Return what the template shows."""
     record = accounting.read_run(out)
-    found = read_evaluation(out)
+    current = read_current(out, record)
+    found = current.evaluation
     tables = {name: _table(out / f"{name}.parquet") if found else [] for name in ("slides", "roc", "reliability")}
     items = [Item.parse(row, "run.json") for row in record["items"]]
     done, temperatures = _chosen(items, record), read_calibrations(out)
@@ -132,7 +133,8 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "slides": sorted(tables["slides"], key=lambda row: _ORDER[row["split"]])[:ROWS],
         "slides_left": max(0, len(tables["slides"]) - ROWS),
         "probability": _probability,
-        "lesions": storage.read_json(out / "froc.json"),
+        "stale": current.stale,
+        "lesions": current.lesions,
         "quality": read_quality(out, record["outcomes"], ROWS),
         "blurred": BLURRED,
         "cards": [card(out, item, record, found or Evaluation()) for item in done[:cards]],

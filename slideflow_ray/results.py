@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from slideflow_ray import storage
+from slideflow_ray.accounting import run_digest
 from slideflow_ray.metrics import MIN_PATIENTS, MIN_SIDE, RATES, Confusion, Interval
 from slideflow_ray.specs import Spec
 
@@ -197,7 +198,7 @@ class Table(Spec):
 class Evaluation:
     """What an evaluation came to. `notes` say, in sentences, what was left out or could not be computed.
 
-    labels : the rule by which annotations became labels of tiles.
+    labels : the rule by which annotations became labels of tiles. run : the digest of the run it is of.
     """
 
     points: tuple[OperatingPoint, ...] = ()
@@ -205,6 +206,7 @@ class Evaluation:
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     labels: str = ""
+    run: str = ""
 
     def headline(self, model: str) -> Result | None:
         """Return the result that answers first: test, of the highest level that has an AUC, tiles before nothing."""
@@ -219,6 +221,7 @@ class Evaluation:
             "argmax": [t.model_dump(mode="json") for t in self.tables],
             "notes": list(self.notes),
             "labels": self.labels,
+            "run": self.run,
             "intervals": f"95 %, percentiles of resampled patients; none below {MIN_PATIENTS} patients, or below "
             f"{MIN_SIDE} with positives or with negatives",
         }
@@ -232,7 +235,7 @@ class Evaluation:
 def write_evaluation(out: Path, evaluation: Evaluation) -> None:
     """Write operating_points.json and confusion.json, each atomically; equal evaluations make equal bytes."""
     found = evaluation.to_json()
-    points = {"schema": SCHEMA, "points": found.pop("points")}
+    points = {"schema": SCHEMA, "run": evaluation.run, "points": found.pop("points")}
     storage.write_atomic(out / "operating_points.json", storage.to_json(points))
     storage.write_atomic(out / "confusion.json", storage.to_json({"schema": SCHEMA, **found}))
 
@@ -249,4 +252,44 @@ def read_evaluation(out: Path) -> Evaluation | None:
         tables=tuple(Table.parse(t, "confusion.json") for t in confusion["argmax"]),
         notes=tuple(confusion["notes"]),
         labels=confusion.get("labels", ""),
+        run=confusion.get("run", ""),
+    )
+
+
+LESIONS = ("froc.json", "froc.parquet", "detections.parquet", "lesions.parquet", "lesion_slides.parquet")
+"""What the evaluation by lesion writes."""
+
+STALE = "evaluated before the run changed: run `slideflow-ray evaluate {out}` again"
+
+
+def withdraw(out: Path) -> None:
+    """Delete an earlier evaluation's files but its tables, so that none of them stands beside those of another."""
+    for name in ("operating_points.json", "confusion.json", *LESIONS):
+        (out / name).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Current:
+    """What was evaluated of a run as it is now. `stale` says that it is not, "" where nothing is out of date.
+
+    lesions : froc.json.
+    """
+
+    evaluation: Evaluation | None
+    lesions: dict[str, Any] | None
+    stale: str
+
+
+def read_current(out: Path, record: Mapping[str, Any]) -> Current:
+    """Return the evaluations of the run that `record`, run.json, tells of; those of what it was before are left out.
+
+    One that does not say what it is of, as earlier versions wrote it, is taken for an old one.
+    """
+    now = run_digest(record)
+    files = {name: storage.read_json(out / name) for name in ("confusion.json", "operating_points.json", "froc.json")}
+    old = {name for name, found in files.items() if found is not None and found.get("run") != now}
+    return Current(
+        evaluation=None if old & {"confusion.json", "operating_points.json"} else read_evaluation(out),
+        lesions=None if "froc.json" in old else files["froc.json"],
+        stale=STALE.format(out=out) if old else "",
     )

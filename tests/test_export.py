@@ -31,6 +31,7 @@ from slideflow_ray.models.bundle import BundleCard, read_card, write_bundle
 from slideflow_ray.models.networks import build
 from slideflow_ray.phantoms import write_pyramid
 from slideflow_ray.planes import objects_node, read_objects
+from slideflow_ray.results import read_evaluation
 from slideflow_ray.run import run
 from slideflow_ray.specs import ObjectSpec, RunSpec
 from slideflow_ray.store import SlideStore
@@ -117,6 +118,42 @@ def test_a_fixed_probability_is_applied_to_the_exported_probabilities_exactly(tm
     (slide,) = [r for r in found.results if (r.level, r.split) == ("slide", "test")]
     assert slide.counts["tp"] == sum(r["truth"] and r["called"] for r in rows)
     assert slide.counts["fp"] == sum(not r["truth"] and r["called"] for r in rows)
+
+
+def test_labels_are_those_of_the_evaluation(tmp_path):
+    """Whatever other rules, fractions and names have labelled the same tiles before."""
+    rng = np.random.default_rng(0)
+    slides = [two_class(tmp_path, rng, f"test{i}", f"P{i}", "test", i == 0) for i in range(2)]
+    out = write_scored_run(tmp_path / "out", slides)
+    found = {}
+    for labels in ("fraction=0.1", "fraction=0.9", "fraction=0.6", "centre", "fraction=0.1", "fraction=0.9"):
+        evaluate(out, labels=labels, resamples=10)
+        evaluation = read_evaluation(out)
+        (row,) = [row for row in read_table(out / "slides.parquet") if row["slide_id"] == "test0"]
+        table = tables_of(export(out, "parquet", folder=tmp_path))["test0"]
+        found[labels] = sum(r["label"] == "tumor" for r in table)
+        assert found[labels] == row["tiles_positive"] == evaluation.results[0].positives
+        assert sum(r["label"] is None for r in table) == row["tiles_unknown"]
+    assert found["centre"] == 28
+    assert found["fraction=0.1"] > found["fraction=0.9"]
+    evaluate(out, names={"Tumor": "normal"}, resamples=10)
+    table = tables_of(export(out, "parquet", folder=tmp_path))["test0"]
+    assert {r["label"] for r in table} == {"normal"}
+
+
+def test_points_of_another_state_of_the_run_are_left_out(tmp_path):
+    rng = np.random.default_rng(0)
+    slides = [two_class(tmp_path, rng, f"{s}{i}", f"{s}{i}", s, i == 0) for s in ("val", "test") for i in range(2)]
+    out = write_scored_run(tmp_path / "out", slides)
+    evaluate(out, rule="probability=0.999", resamples=10)
+    strict = len(json.loads(export(out, "geojson", folder=tmp_path).files[0].read_text())["features"])
+    write_scored_run(out, slides[:3])
+    found = export(out, "geojson", folder=tmp_path)
+    assert any("evaluated before the run changed" in note for note in found.notes)
+    assert len(json.loads(found.files[0].read_text())["features"]) > strict  # at a probability of 0.5
+    assert {r["label"] for r in tables_of(export(out, "parquet", folder=tmp_path))["val0"]} == {None}
+    evaluate(out, resamples=10)
+    assert export(out, "geojson", folder=tmp_path).notes == []
 
 
 def judged_of(found, split):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 
@@ -15,7 +16,9 @@ from slideflow_ray import report as rp
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.evaluate import evaluate
+from slideflow_ray.lesions import TABLES, camelyon16
 from slideflow_ray.phantoms import write_marked_slide
+from slideflow_ray.results import LESIONS
 from slideflow_ray.tables import read_table
 
 FETCHING = ("src", "href", "xlink:href", "srcset", "data", "action", "poster")
@@ -99,6 +102,51 @@ def test_the_answer_comes_first_then_what_failed(out, html):
     assert "copy it" in text
     for n in answer.counts.values():
         assert rp.count(n) in text
+
+
+def test_an_evaluation_of_another_state_of_the_run_is_not_shown(tmp_path):
+    rng = np.random.default_rng(0)
+    slides = [two_class(tmp_path, rng, f"{s}{i}", f"{s}{i}", s, i == 0) for s in ("val", "test") for i in range(2)]
+    run = write_scored_run(tmp_path / "out", slides)
+    evaluate(run, resamples=10)
+    camelyon16(run)
+    shown = Page(rp.write_report(run).read_text()).text
+    assert "FROC score" in shown
+    assert "evaluated before" not in shown
+    write_scored_run(run, slides)  # nothing is new
+    assert Page(rp.write_report(run).read_text()).text == shown
+    moved = Scored(slides[0].item.model_copy(update={"patient_id": "other"}), *list(vars(slides[0]).values())[1:])
+    write_scored_run(run, [moved, *slides[1:]])
+    text = Page(rp.write_report(run).read_text()).text
+    assert "evaluated before the run changed: run `slideflow-ray evaluate" in text
+    assert text.index("evaluated before") < text.index("What ran")
+    assert "FROC score" not in text
+    assert "on the test split\n" not in text
+    evaluate(run, resamples=10)
+    text = Page(rp.write_report(run).read_text()).text
+    assert "on the test split\n" in text
+    assert "evaluated before" not in text
+    for name in ("confusion.json", "operating_points.json"):  # as an earlier version wrote them
+        old = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps({key: value for key, value in old.items() if key != "run"}))
+        assert rp.page(run)["stale"]
+        assert not rp.page(run)["evaluated"]
+
+
+def test_lesions_of_an_earlier_evaluation_are_withdrawn(tmp_path):
+    rng = np.random.default_rng(0)
+    slides = [two_class(tmp_path, rng, f"test{i}", f"{i}", "test", i == 0) for i in range(2)]
+    run = write_scored_run(tmp_path / "out", slides)
+    before = {path.name for path in run.iterdir()}
+    evaluate(run, resamples=10)
+    plain = {path.name for path in run.iterdir()}
+    camelyon16(run)
+    assert {path.name for path in run.iterdir()} - plain == set(LESIONS)
+    assert set(LESIONS) == {"froc.json", *(f"{name}.parquet" for name in TABLES)}
+    assert rp.page(run)["lesions"]
+    evaluate(run, resamples=10)
+    assert {path.name for path in run.iterdir()} == plain > before
+    assert rp.page(run)["lesions"] is None
 
 
 def test_the_same_run_makes_the_same_page(out, html):
