@@ -81,13 +81,14 @@ def test_settings_that_make_no_sense_are_named(values, cause):
 
 
 def test_paths_in_train_toml_are_relative_to_it(tmp_path):
-    text = 'cohort = "c.csv"\nout = "models/b"\n[fit]\nweights = "w.safetensors"\n[sample.mine]\nrun = "out"\n'
+    text = 'cohort = "c.csv"\nout = "models/b"\n[fit]\nweights = "w.safetensors"\n[sample.mine]\nrun = "out"\n[crew]\nstorage = "kept"\n'
     (tmp_path / "train.toml").write_text(text)
     values = load_train(tmp_path / "train.toml")
     assert values["cohort"] == str(tmp_path / "c.csv")
     assert values["work"] == str(tmp_path / "models/b.work")
     assert values["fit"]["weights"] == str(tmp_path / "w.safetensors")
     assert values["sample"]["mine"]["run"] == str(tmp_path / "out")
+    assert values["crew"]["storage"] == str(tmp_path / "kept")
     (tmp_path / "bad.toml").write_text("[fit")
     for name in ("bad.toml", "none.toml"):
         with pytest.raises(ConfigError, match=name):

@@ -265,7 +265,8 @@ def _on_ray(job: TrainJob, data: Data, start: Start, listen: Listener, record: M
         task = Task(training.card, job.fit, train_, val if len(val) else None, start.state, job.crew.loaders)
         diary = Diary(training.folder)
         diary.begin(())
-        store = job.crew.storage or str(Path(job.work).absolute() / "ray")
+        store = job.crew.storage or str(Path(job.work) / "ray")
+        store = store if "://" in store else str(Path(store).absolute())
         try:
             trained = fit_on_ray(task, job.crew, training.name, store, _told(diary, job.fit, listen))
         finally:

@@ -308,6 +308,9 @@ def load_train(path: Path) -> dict[str, Any]:
     fit = values.get("fit")
     if isinstance(fit, dict) and isinstance(fit.get("weights"), str) and fit["weights"] not in (RANDOM, IMAGENET):
         fit["weights"] = relative_to(here, fit["weights"])
+    crew = values.get("crew")
+    if isinstance(crew, dict) and isinstance(crew.get("storage"), str):
+        crew["storage"] = relative_to(here, crew["storage"])
     mine = values.get("sample", {}).get("mine") if isinstance(values.get("sample"), dict) else None
     if isinstance(mine, dict) and isinstance(mine.get("run"), str):
         mine["run"] = relative_to(here, mine["run"])
