@@ -81,7 +81,8 @@ def test_settings_that_make_no_sense_are_named(values, cause):
 
 
 def test_paths_in_train_toml_are_relative_to_it(tmp_path):
-    text = 'cohort = "c.csv"\nout = "models/b"\n[fit]\nweights = "w.safetensors"\n[sample.mine]\nrun = "out"\n[crew]\nstorage = "kept"\n'
+    text = 'cohort = "c.csv"\nout = "models/b"\n[fit]\nweights = "w.safetensors"\n'
+    text += '[sample.mine]\nrun = "out"\n[crew]\nstorage = "kept"\n'
     (tmp_path / "train.toml").write_text(text)
     values = load_train(tmp_path / "train.toml")
     assert values["cohort"] == str(tmp_path / "c.csv")
