@@ -14,7 +14,8 @@ import torch
 from slideflow_ray import storage
 from slideflow_ray.aggregate import SlideScores, Tiles, write_cells
 from slideflow_ray.cases import Model, Run, read_run
-from slideflow_ray.errors import BundleError
+from slideflow_ray.cohort import Item
+from slideflow_ray.errors import BundleError, NanScore
 from slideflow_ray.evaluate import evaluate_slides
 from slideflow_ray.lease import lease
 from slideflow_ray.models.bundle import WEIGHTS
@@ -73,7 +74,7 @@ def apply_mil(
     `attention/<grid>/<node>` holds a tile's weight times the number of tiles, float32 (n,), so that 1 is what each
     would have if all weighed alike; its heatmap stands beside the others. Done again, nothing changes.
 
-    Raises BundleError where the run's features are of another encoder.
+    Raises BundleError where the run's features are of another encoder, NanScore where a slide's answer is not finite.
     """
     card, net = load_mil(folder)
     run = read_run(Path(run_out), names or {})
@@ -86,7 +87,11 @@ def apply_mil(
         scores = {name: _as_scores(rows) for name, rows in margins.items()}
         found = evaluate_slides(run, model, Tiles({}, scores), rule)
         table = run.out / "mil" / f"{node}.parquet"
-        write_table(table, _columns(card), [_row(run, card, name, margins) for name in margins])
+        write_table(
+            table,
+            _columns(card),
+            [_row(card, item, margins[item.slide_id]) for item in run.items if item.slide_id in margins],
+        )
         storage.write_atomic(run.out / "mil" / f"{node}.json", storage.to_json({"schema": 1, **found.to_json()}))
     return MilApplied(node, table, margins, without, found)
 
@@ -107,6 +112,11 @@ def _apply(net: Mil, bag: Bag, node: str) -> Floats:
     rows = [store.read(path) for path in bag.nodes]
     with torch.inference_mode():
         logits, attention = net(torch.from_numpy(np.concatenate(rows).astype(np.float32)))
+    if not (torch.isfinite(logits).all() and torch.isfinite(attention).all()):  # before anything is committed
+        raise NanScore(
+            f"{node} gives {bag.item.slide_id} values that are not finite.",
+            next_step="Look for features of this slide that are not finite (verify, then repair).",
+        )
     ends = np.cumsum([len(one) for one in rows])[:-1]
     relative = (attention * len(attention)).numpy().astype(np.float32)
     for path, part in zip(bag.nodes, np.split(relative, ends), strict=True):
@@ -132,9 +142,9 @@ def _columns(card: MilCard) -> Columns:
     return {"slide_id": "text", "patient_id": "text", "split": "text", "label": "text", **probabilities, **margins}
 
 
-def _row(run: Run, card: MilCard, name: str, margins: Mapping[str, Floats]) -> dict[str, Any]:
-    item = next(item for item in run.items if item.slide_id == name)
-    row = margins[name].astype(np.float64)
+def _row(card: MilCard, item: Item, margins: Floats) -> dict[str, Any]:
+    row = margins.astype(np.float64)
     values = {f"prob_{c}": float(1 / (1 + np.exp(-row[i]))) for i, c in enumerate(card.classes)}
     values |= {f"margin_{c}": float(row[i]) for i, c in enumerate(card.classes)}
-    return {"slide_id": name, "patient_id": item.patient_id, "split": item.split, "label": item.label, **values}
+    about = {"slide_id": item.slide_id, "patient_id": item.patient_id, "split": item.split, "label": item.label}
+    return {**about, **values}

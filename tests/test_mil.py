@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from slideflow_ray.accounting import read_run
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import BundleError, ConfigError, NanScore
-from slideflow_ray.mil import apply_mil
+from slideflow_ray.mil import _apply, apply_mil
 from slideflow_ray.models.bundle import BundleCard, load_weights, write_bundle
 from slideflow_ray.models.mil import Mil, MilCard, load_mil
 from slideflow_ray.models.networks import build
@@ -24,7 +25,7 @@ from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec
 from slideflow_ray.store import SlideStore, tree_digest
 from slideflow_ray.tables import read_table
-from slideflow_ray.train.mil import MilSpec, _fit, train_mil
+from slideflow_ray.train.mil import Bag, MilSpec, _fit, _write, train_mil
 
 D = 12
 
@@ -121,6 +122,33 @@ def test_the_same_seed_gives_the_same_weights_and_a_broken_loss_is_said():
     broken[3].features[0, 0] = np.nan
     with pytest.raises(NanScore):
         _fit(of, spec, broken, [], lambda event: None)
+    with pytest.raises(NanScore, match="validation loss of epoch 0"):
+        _fit(of, spec, haystack(12, 1), broken, lambda event: None)
+
+
+def test_a_slide_whose_answer_is_not_finite_leaves_nothing_behind(tmp_path):
+    store = SlideStore(tmp_path, "s")
+    store.write_array("features/g/e-1", np.full((3, D), np.nan, np.float16), {})
+    bag = Bag(Item(slide_id="s", uri="x"), str(tmp_path), ("features/g/e-1",))
+    with pytest.raises(NanScore, match="gives s values"):
+        _apply(Mil(card()).eval(), bag, "m-1")
+    assert not store.committed("attention/g/m-1")
+
+
+def test_a_bundle_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    _write(tmp_path / "b", {"mil.json": b"old"})
+    plain = os.rename
+
+    def full(source, target):
+        if Path(source).name == "new":
+            raise OSError("no space left")
+        plain(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="no space"):
+        _write(tmp_path / "b", {"mil.json": b"new"})
+    assert (tmp_path / "b/mil.json").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
 # from a run to an answer

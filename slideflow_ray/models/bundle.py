@@ -330,7 +330,12 @@ def write_bundle(
                 return folder
             _refuse_to_lose(folder, overwrite)
             os.rename(folder, Path(scratch) / "old")
-        os.rename(new, folder)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if (Path(scratch) / "old").exists():
+                os.rename(Path(scratch) / "old", folder)
+            raise
     return folder
 
 

@@ -36,7 +36,7 @@ class MilCard(Spec):
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=100_000)]
     pooling: Pooling
     encoder: str
     node: str

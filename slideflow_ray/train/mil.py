@@ -32,6 +32,7 @@ from slideflow_ray.train.loop import reproducible
 from slideflow_ray.train.record import RECORD, versions
 
 Features = npt.NDArray[np.float16]
+TWO = "Name the labels of the cohort, the background first: --classes normal,tumor."
 
 
 class MilSpec(Spec):
@@ -61,6 +62,12 @@ class Bag:
     out: str
     nodes: tuple[str, ...]
     label: int = -1
+
+    def said(self) -> list[Any]:
+        """Return what determines the bag: slide, class, and the checksums of its features as they were committed."""
+        store = SlideStore(self.out, self.item.slide_id)
+        commits = [store.committed(node) for node in self.nodes]
+        return [self.item.slide_id, self.label, [sorted(c.keys.items()) for c in commits if c is not None]]
 
     def read(self) -> Features:
         """Return the features, float16 (n, D), of all grids, one after the other."""
@@ -143,6 +150,8 @@ def train_mil(
     """
     spec = spec or MilSpec()
     out = Path(out)
+    if len(set(classes)) < 2:
+        raise ConfigError(f"A slide classifier needs two classes, got {', '.join(classes)}.", next_step=TWO)
     _check_out(out, overwrite)
     run = read_run(Path(run_out), names or {})
     check_splits(run.items, run.identities)
@@ -207,6 +216,11 @@ def _fit(
     for epoch in range(spec.epochs):
         train_loss = _epoch(net, optimiser, weights, spec, train, epoch)
         val_loss, accuracy = _validate(net, weights, val)
+        if val_loss is not None and not math.isfinite(val_loss):
+            raise NanScore(
+                f"The validation loss of epoch {epoch} is {val_loss}.",
+                next_step="Look for features that are not finite, or train with a lower lr.",
+            )
         history.append({"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "val_accuracy": accuracy})
         loss = -float(epoch) if val_loss is None else val_loss
         if loss < least:
@@ -289,13 +303,15 @@ def _validate(net: Mil, weights: torch.Tensor, val: Sequence[Bag]) -> tuple[floa
 def _record(
     card: MilCard, spec: MilSpec, sides: Mapping[str, Sequence[Bag]], history: Sequence[Mapping[str, Any]], best: int
 ) -> dict[str, Any]:
+    seen = {split: digest([bag.said() for bag in several]) for split, several in sides.items()}
     return {
         "schema": 1,
-        "digest": digest([card.model_dump(mode="json"), spec.model_dump(mode="json"), versions()]),
+        "digest": digest([card.model_dump(mode="json"), spec.model_dump(mode="json"), versions(), seen]),
         "settings": spec.model_dump(mode="json"),
         "data": {
             "slide_ids": {split: sorted(bag.item.slide_id for bag in several) for split, several in sides.items()},
             "patients": {split: sorted({bag.item.patient for bag in several}) for split, several in sides.items()},
+            "digest": seen,
         },
         "software": versions(),
         "best_epoch": best,
@@ -314,6 +330,11 @@ def _write(out: Path, files: Mapping[str, bytes]) -> None:
             (new / name).write_bytes(data)
         if out.exists():
             os.rename(out, scratch / "old")
-        os.rename(new, out)
+        try:
+            os.rename(new, out)
+        except OSError:
+            if (scratch / "old").exists():  # the scratch folder goes: what stood here comes back first
+                os.rename(scratch / "old", out)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
