@@ -89,14 +89,13 @@ class _Nucleus:
     irregular: float
     dark: tuple[int, int]
     spacing_um: float
-    soft: float = 0.25
 
 
 NUCLEI: Final = {
     "stroma": _Nucleus((4.0, 6.5), (1.3, 2.0), 0.04, (85, 212), 17.0),
     "gland": _Nucleus((2.8, 4.4), (2.3, 3.7), 0.04, (85, 212), 9.5),
     "lymph": _Nucleus((2.6, 3.3), (2.5, 3.1), 0.04, (85, 212), 7.5),
-    "tumour": _Nucleus((4.7, 7.9), (3.9, 6.6), 0.16, (85, 212), 16.6, 0.5),
+    "tumour": _Nucleus((4.7, 7.9), (3.9, 6.6), 0.16, (85, 212), 16.6),
 }
 
 
@@ -392,7 +391,7 @@ def _nucleus(rng: Random, kind: _Nucleus, mpp0: float) -> Pixels:
     order, phase = np.arange(2, 6), rng.uniform(0, 2 * np.pi, 4)
     waves = rng.normal(0, kind.irregular / 2, 4)
     border = 1 + sum(a * np.cos(n * angle + p) for a, n, p in zip(waves, order, phase, strict=True))
-    inside = np.clip((border - np.hypot(u, v)) / kind.soft + 0.5, 0, 1)
+    inside = np.clip((border - np.hypot(u, v)) / 0.25 + 0.5, 0, 1)
     rim = np.clip(np.hypot(u, v) / border, 0, 1) ** 4
     grains = 1 + 0.10 * rng.normal(size=x.shape)
     dark = rng.uniform(*kind.dark) * (0.85 + 0.2 * rim) * grains
@@ -460,8 +459,8 @@ def write_pyramid(path: Path, levels: list[Pixels], mpp0: float, *, quality: int
 
     path.parent.mkdir(parents=True, exist_ok=True)
     how: dict[str, Any] = {"compression": "zlib"}
-    if quality:
-        how = {"compression": "jpeg", "compressionargs": {"level": quality}}
+    if quality:  # with colour at half the resolution, small nuclei would be paler than large ones
+        how = {"compression": "jpeg", "compressionargs": {"level": quality}, "subsampling": (1, 1)}
     with tifffile.TiffWriter(path) as file:
         for number, level in enumerate(levels):
             per_cm = 1e4 / (mpp0 * 2**number)
