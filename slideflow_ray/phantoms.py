@@ -95,7 +95,7 @@ NUCLEI: Final = {
     "stroma": _Nucleus((4.0, 6.5), (1.3, 2.0), 0.04, (85, 212), 17.0),
     "gland": _Nucleus((2.8, 4.4), (2.3, 3.7), 0.04, (85, 212), 9.5),
     "lymph": _Nucleus((2.6, 3.3), (2.5, 3.1), 0.04, (85, 212), 7.5),
-    "tumour": _Nucleus((4.7, 7.9), (3.9, 6.6), 0.16, (85, 212), 16.6),
+    "tumour": _Nucleus((5.0, 8.4), (4.1, 7.0), 0.16, (85, 212), 17.6),
 }
 
 
@@ -134,12 +134,12 @@ def _plan(rng: Random, size_px0: tuple[int, int], mpp0: float, tumour: bool) -> 
     w, h = (-(-length // COARSE) for length in size_px0)
     tissue = _pieces(rng, (w, h))
     cell = 130.0 / (mpp0 * COARSE)
-    fat = (_smooth(rng, (w, h), 3.0 * cell) > 1.6) & tissue
+    fat = (_smooth(rng, (w, h), 3.0 * cell) > 1.9) & tissue
     tumours = _tumours(rng, tissue & ~fat, size_px0) if tumour else ()
     inside = _filled(tumours, (w, h))
     solid = tissue & ~fat
     lymph = _aggregates(rng, solid & ~inside, (w, h), cell)
-    cells = np.clip(0.52 + 0.24 * _smooth(rng, (w, h), 1.2 * cell), 0.2, 1) * solid * (1 - lymph)
+    cells = np.clip(0.52 + 0.24 * _smooth(rng, (w, h), 1.2 * cell), 0.3, 1) * solid * (1 - lymph)
     spread = np.clip(0.55 + 0.25 * _smooth(rng, (w, h), 2 * cell), 0.15, 1)
     sown = {
         "stroma": spread * solid * (1 - 0.75 * cells) * (1 - lymph),
