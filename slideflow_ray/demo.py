@@ -11,6 +11,7 @@ from slideflow_ray.specs import RunSpec
 
 SLIDES = 18
 TILE_PX, MPP = 64, 1.0
+MIN_TISSUE = 0.5  # mostly glass is mostly normal: colour would tell it
 EPOCHS = 6
 
 
@@ -33,7 +34,7 @@ def demo(out: Path, executor: str = "ray", seed: int = 0, listen: Listener | Non
         "out": str(out / "models" / "phantom-tumor"),
         "work": str(out / "train"),
         "classes": ("normal", "tumor"),
-        "tile": {"tile_px": TILE_PX, "mpp": MPP},
+        "tile": {"tile_px": TILE_PX, "mpp": MPP, "min_tissue": MIN_TISSUE},
         "overwrite": True,  # the demo's own folder, made anew each time
         "labels": {"rule": "fraction", "fraction": 0.75},  # of tiles at a border, most belong to neither side
         "fit": {"architecture": "small-cnn", "epochs": EPOCHS, "seed": seed},
@@ -43,6 +44,7 @@ def demo(out: Path, executor: str = "ray", seed: int = 0, listen: Listener | Non
         "cohort": str(cohort),
         "out": str(out / "run"),
         "model": [{"path": str(trained.bundle)}],
+        "min_tissue": MIN_TISSUE,
         "executor": {"kind": executor},
     }
     result = run(RunSpec.parse(spec, "demo"), listen=listen)

@@ -92,10 +92,10 @@ class _Nucleus:
 
 
 NUCLEI: Final = {
-    "stroma": _Nucleus((4.0, 6.5), (1.3, 2.0), 0.04, (90, 210), 17.0),
-    "gland": _Nucleus((3.0, 4.4), (2.6, 3.7), 0.05, (80, 210), 10.5),
-    "lymph": _Nucleus((2.6, 3.3), (2.5, 3.1), 0.04, (100, 215), 7.5),
-    "tumour": _Nucleus((4.4, 8.2), (3.6, 6.0), 0.16, (82, 212), 15.5),
+    "stroma": _Nucleus((4.0, 6.5), (1.3, 2.0), 0.04, (85, 212), 17.0),
+    "gland": _Nucleus((2.8, 4.4), (2.3, 3.7), 0.04, (85, 212), 9.5),
+    "lymph": _Nucleus((2.6, 3.3), (2.5, 3.1), 0.04, (85, 212), 7.5),
+    "tumour": _Nucleus((5.0, 8.4), (4.1, 7.0), 0.16, (85, 212), 17.6),
 }
 
 
@@ -134,26 +134,24 @@ def _plan(rng: Random, size_px0: tuple[int, int], mpp0: float, tumour: bool) -> 
     w, h = (-(-length // COARSE) for length in size_px0)
     tissue = _pieces(rng, (w, h))
     cell = 130.0 / (mpp0 * COARSE)
-    fat = (_smooth(rng, (w, h), 3.0 * cell) > 1.6) & tissue
+    fat = (_smooth(rng, (w, h), 3.0 * cell) > 1.9) & tissue
     tumours = _tumours(rng, tissue & ~fat, size_px0) if tumour else ()
     inside = _filled(tumours, (w, h))
     solid = tissue & ~fat
-    density = np.clip(0.54 + 0.20 * _smooth(rng, (w, h), 1.3 * cell), 0.35, 1.0) * inside
     lymph = _aggregates(rng, solid & ~inside, (w, h), cell)
-    gland = np.clip(0.48 + 0.45 * _smooth(rng, (w, h), 1.1 * cell), 0, 1) * solid * ~inside * (1 - lymph)
+    cells = np.clip(0.52 + 0.24 * _smooth(rng, (w, h), 1.2 * cell), 0.3, 1) * solid * (1 - lymph)
     spread = np.clip(0.55 + 0.25 * _smooth(rng, (w, h), 2 * cell), 0.15, 1)
-    cells = density + gland
     sown = {
         "stroma": spread * solid * (1 - 0.75 * cells) * (1 - lymph),
-        "gland": gland + 0.03 * inside,
+        "gland": cells * np.where(inside, 0.04, 0.96),
         "lymph": np.maximum(lymph, 0.04 * solid),
-        "tumour": density + 0.05 * gland,
+        "tumour": cells * np.where(inside, 0.96, 0.04),
     }
     thick = np.clip(1 + 0.2 * _smooth(rng, (w, h), 1.5 * cell), 0.5, 1.5)
     dye = np.clip(1 + 0.25 * _smooth(rng, (w, h), 1.2 * cell), 0.5, 1.5)
     weave = np.clip(1.2 + 0.7 * _smooth(rng, (w, h), 1.2 * cell), 0.2, 2.6)
-    eosin = np.clip(0.58 + 0.13 * _smooth(rng, (w, h), 1.5 * cell), 0.25, 1) - 0.18 * lymph - 0.06 * cells
-    blur = np.clip(0.07 + 0.04 * _smooth(rng, (w, h), 2 * cell) + 0.10 * lymph + 0.05 * cells, 0, 1)
+    eosin = np.clip(0.58 + 0.13 * _smooth(rng, (w, h), 1.5 * cell), 0.25, 1) - 0.06 * (cells + lymph)
+    blur = np.clip(0.07 + 0.04 * _smooth(rng, (w, h), 2 * cell) + 0.05 * (cells + lymph), 0, 1)
     kept = {name: np.asarray(field, np.float32) for name, field in sown.items()}
     return _Plan(
         tissue.astype(np.float32) * ~fat,
@@ -291,7 +289,7 @@ def _paint(rng: Random, plan: _Plan, size_px0: tuple[int, int], mpp0: float) -> 
     tissue = np.clip(2.5 * (_large(_soft(plan.tissue), size_px0) - 0.3), 0, 1)
     fibres = _tiled(_fibres(rng, 512), size_px0)
     weave = _large(plan.weave, size_px0) * fibres
-    eosin = (255 * _large(plan.eosin, size_px0) * tissue * (0.80 + 0.20 * weave)).clip(0, 255).astype(np.uint8)
+    eosin = (255 * _large(plan.eosin, size_px0) * tissue * (0.74 + 0.26 * weave)).clip(0, 255).astype(np.uint8)
     haem = (255 * _large(plan.blur, size_px0) * tissue * (0.8 + 0.35 * weave)).clip(0, 255).astype(np.uint8)
     _add_fat(rng, eosin, plan.fat, mpp0)
     for kind, field in plan.sown.items():
@@ -393,7 +391,7 @@ def _nucleus(rng: Random, kind: _Nucleus, mpp0: float) -> Pixels:
     order, phase = np.arange(2, 6), rng.uniform(0, 2 * np.pi, 4)
     waves = rng.normal(0, kind.irregular / 2, 4)
     border = 1 + sum(a * np.cos(n * angle + p) for a, n, p in zip(waves, order, phase, strict=True))
-    inside = np.clip((border - np.hypot(u, v)) * short + 0.5, 0, 1)
+    inside = np.clip((border - np.hypot(u, v)) / 0.25 + 0.5, 0, 1)
     rim = np.clip(np.hypot(u, v) / border, 0, 1) ** 4
     grains = 1 + 0.10 * rng.normal(size=x.shape)
     dark = rng.uniform(*kind.dark) * (0.85 + 0.2 * rim) * grains
@@ -402,7 +400,7 @@ def _nucleus(rng: Random, kind: _Nucleus, mpp0: float) -> Pixels:
 
 def _colours(rng: Random) -> Pixels:
     """Return a table, uint8, shape (65536, 3): the colour of haematoxylin * 256 + eosin on this slide."""
-    stains = np.array([HAEMATOXYLIN, EOSIN]) * rng.uniform(0.92, 1.08, (2, 3))
+    stains = np.array([HAEMATOXYLIN, EOSIN]) * rng.uniform(0.89, 1.11, (2, 3))
     strength = np.array([1.05, 0.46]) * rng.uniform(0.82, 1.2, 2)
     white = rng.uniform(240, 247) + rng.uniform(-2, 2, 3)
     amount = np.stack(np.divmod(np.arange(65536), 256), axis=1) / 255 * strength
@@ -461,8 +459,8 @@ def write_pyramid(path: Path, levels: list[Pixels], mpp0: float, *, quality: int
 
     path.parent.mkdir(parents=True, exist_ok=True)
     how: dict[str, Any] = {"compression": "zlib"}
-    if quality:
-        how = {"compression": "jpeg", "compressionargs": {"level": quality}}
+    if quality:  # with colour at half the resolution, small nuclei would be paler than large ones
+        how = {"compression": "jpeg", "compressionargs": {"level": quality}, "subsampling": (1, 1)}
     with tifffile.TiffWriter(path) as file:
         for number, level in enumerate(levels):
             per_cm = 1e4 / (mpp0 * 2**number)

@@ -16,7 +16,7 @@ from colour import aucs, features
 from slideflow_ray.accounting import read_run
 from slideflow_ray.annotations import slide_labels
 from slideflow_ray.cohort import Item, read_cohort
-from slideflow_ray.demo import EPOCHS, MPP, SLIDES, TILE_PX
+from slideflow_ray.demo import EPOCHS, MIN_TISSUE, MPP, SLIDES, TILE_PX
 from slideflow_ray.evaluate import evaluate
 from slideflow_ray.phantoms import write_cohort
 from slideflow_ray.run import run
@@ -53,14 +53,19 @@ def test_training_learns_what_colour_cannot_tell(tmp_path, seed):
         "out": str(tmp_path / "bundle"),
         "work": str(tmp_path / "train"),
         "classes": CLASSES,
-        "tile": {"tile_px": TILE_PX, "mpp": MPP},
+        "tile": {"tile_px": TILE_PX, "mpp": MPP, "min_tissue": MIN_TISSUE},
         "labels": {"rule": "fraction", "fraction": 0.75},
         "fit": {"epochs": EPOCHS, "seed": seed, "threads": 2},
     }
     began = time.perf_counter()
     trained = train(TrainJob.parse(job, "accept"))
     seconds = time.perf_counter() - began
-    spec = {"cohort": str(cohort), "out": str(tmp_path / "out"), "model": [{"path": str(trained.bundle)}]}
+    spec = {
+        "cohort": str(cohort),
+        "out": str(tmp_path / "out"),
+        "model": [{"path": str(trained.bundle)}],
+        "min_tissue": MIN_TISSUE,
+    }
     run(RunSpec.parse(spec, "accept"))
     auc = {r.level: r.auc for r in evaluate(tmp_path / "out").results if r.split == "test"}
     items = read_cohort(cohort)
