@@ -44,6 +44,8 @@ bench: setup
 	$(BIN)/python benchmarks/aggregate.py --tiles 100000000
 	$(BIN)/python benchmarks/crops.py
 	$(BIN)/python benchmarks/evaluate.py
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/parts.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import shapely
@@ -265,15 +263,3 @@ def test_bad_settings_are_refused(settings: dict[str, object]) -> None:
 def test_a_volume_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"shape \(2, 3, 4\)"):
         find_objects(np.zeros((2, 3, 4), np.uint8), 1, px0_per_px=SCALE)
-
-
-def test_many_objects_take_time_in_proportion():
-    """Twice the side is four times the work, not sixteen: the table is not walked for every object."""
-    rng = np.random.default_rng(0)
-    seconds = []
-    for side in (120, 240):
-        plane = (rng.random((side, side)) < 0.45).astype(np.uint8)
-        began = time.process_time()
-        find_objects(plane, 1, px0_per_px=(1.0, 1.0), fill_holes=True)
-        seconds.append(time.process_time() - began)
-    assert seconds[1] < 8 * seconds[0]

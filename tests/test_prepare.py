@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -52,13 +50,3 @@ def test_the_tiles_are_not_changed() -> None:
 def test_other_shapes_and_dtypes_are_refused(wrong: np.ndarray) -> None:
     with pytest.raises(ConfigError, match=r"uint8 of shape \(n, T, T, 3\)"):
         to_input(wrong, MEAN, STD, dtype=torch.float32)
-
-
-def test_it_costs_little() -> None:
-    """16 tiles of 224 px take 0.5 ms here, against 145 ms of a ResNet-18; the bound leaves room for a busy machine."""
-    pixels, best = tiles(16, 224, 224), np.inf
-    for _ in range(20):
-        start = time.perf_counter()
-        to_input(pixels, MEAN, STD, dtype=torch.bfloat16)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.010
