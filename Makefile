@@ -29,7 +29,7 @@ demo: setup
 
 # Two processes; the tests of one file stay together, and so do all that share the local Ray (tests/conftest.py).
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 accept: setup
 	$(BIN)/python -m pytest tests/accept -q -s

@@ -78,9 +78,12 @@ def bundles(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def ray_env(tmp_path_factory) -> dict[str, str]:
-    """Token authentication with a token of the tests' own, set for this process and those it starts."""
+    """Token authentication with a token of the tests' own, set for this process and those it starts.
+
+    Before any test: Ray reads the mode once, when a process first uses it.
+    """
     token = tmp_path_factory.mktemp("token") / "auth_token"
     token.write_text("0123456789abcdef" * 4)
     token.chmod(0o600)
