@@ -81,6 +81,8 @@ def kill_with_children(process: subprocess.Popen[str]) -> None:
             continue
     psutil.wait_procs(gone, timeout=30)
     process.wait()
+    assert process.stderr is not None
+    process.stderr.close()
 
 
 def test_a_driver_that_is_killed_goes_on_and_ends_as_one_that_was_not(folder):
