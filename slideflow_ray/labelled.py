@@ -133,13 +133,19 @@ def _tiles(
 
 
 def slide_rows(run: Run, model: Model, split: str) -> Rows:
-    """Return the slides of a split whose truth the cohort tells; a slide's margin is that of its highest tile."""
+    """Return the slides of a split whose truth the cohort tells; a slide's margin is that of its highest tile.
+
+    Of two classes the first one's margin is the second's mirror: each by its own highest tile would add up to more
+    than 1.
+    """
     of = {item.slide_id: item for item in run.items}
     top: dict[str, npt.NDArray[np.float32]] = {}
     for part in parts_of(run, model):
         if of[part.slide_id].split == split:
             highest = part.margins().max(axis=0)
             top[part.slide_id] = np.maximum(top.get(part.slide_id, highest), highest)
+    if model.task == "classify" and len(model.classes) == 2:
+        top = {slide: np.array([-margins[1], margins[1]], np.float32) for slide, margins in top.items()}
     truth = {
         slide: np.array([truth_of(of[slide], model, c, run.labels.names) for c in range(len(model.classes))], np.int8)
         for slide in top

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -114,7 +115,8 @@ def _line(event: EpochTrained | VersionChosen | Noted) -> str:
         return f"{event.model}: version {event.digest}, in service since {event.since}"
     line = f"epoch {event.epoch} of {event.epochs}: train loss {event.train_loss:.4f}"
     if event.val_loss is not None and event.val_auc is not None:
-        line += f", val loss {event.val_loss:.4f}, val AUC {event.val_auc:.4f}"
+        auc = "undefined" if math.isnan(event.val_auc) else f"{event.val_auc:.4f}"
+        line += f", val loss {event.val_loss:.4f}, val AUC {auc}"
     return line
 
 

@@ -170,6 +170,8 @@ def test_rows_are_the_labelled_tiles_and_slides_of_a_split(tmp_path):
     np.testing.assert_array_equal(tiles.margins, slides[0].margins.astype(np.float32))
     assert [key[0] for key in whole.keys] == ["a"]
     assert whole.margins[0, 1] == slides[0].margins[:, 1].max().astype(np.float32)
+    assert whole.margins[0, 0] == -whole.margins[0, 1]  # one probability for each slide, not two maxima
+    assert whole.losses()[0] == pytest.approx(np.logaddexp(0, float(whole.margins[0, 1])))
     assert len(tile_rows(run, run.models[0], "train")) == 0
 
 

@@ -17,7 +17,7 @@ from slideflow_ray.compare import Settings
 from slideflow_ray.errors import BundleError, ConfigError, SplitLeakError
 from slideflow_ray.models.bundle import forward_digest
 from slideflow_ray.models.service import history, read_current, resolve, version_of
-from slideflow_ray.promote import Decision, Terms, check_unseen, promote, undo
+from slideflow_ray.promote import Decision, Terms, check_unseen, flattered, promote, undo
 from slideflow_ray.specs import ExecutorSpec
 
 QUICK = Settings(benchmark=False, resamples=200, executor=ExecutorSpec(workers=1))
@@ -204,8 +204,10 @@ def test_one_that_was_trained_on_these_patients_or_files_is_refused(folder, tmp_
     if leaks:
         with pytest.raises(SplitLeakError, match="was trained on 1"):
             check_unseen(tmp_path, items)
+        assert "Its figures are too good" in flattered(tmp_path, items)
     else:
         assert check_unseen(tmp_path, items) == []
+        assert flattered(tmp_path, items) == ""
 
 
 @pytest.mark.parametrize("text", [None, "{}", '{"data": {"slides": ["x"]}}', "[1]"])

@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import ConfigError, CorruptStore, DiskFull
+from slideflow_ray.errors import ConfigError, CorruptStore, DiskFull, NanScore
 from slideflow_ray.models.networks import build, find_head
 from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.specs import StoreSpec, TileSpec, TissueSpec
@@ -180,6 +180,14 @@ def test_gradients_are_clipped_to_the_norm(monkeypatch):
     assert max(seen) <= 1.001e-3
 
 
+def test_a_loss_on_validation_that_is_no_number_ends_the_training():
+    how = spec(
+        epochs=1, optimiser="sgd", lr=1e30, schedule="none", clip=None, momentum=0.0, batch_size=16, precision="fp32"
+    )
+    with pytest.raises(NanScore, match=r"validation loss is (nan|inf)"):
+        fit(card(), how, textures(16, 1), textures(16, 2))
+
+
 def test_training_ends_when_the_loss_on_validation_falls_no_more(monkeypatch):
     left = iter([3.0, 1.0, 2.0, 1.5, 0.5])
     monkeypatch.setattr(loop, "validate", lambda *_: Validation(next(left), 0.5, 0.5))
@@ -308,6 +316,14 @@ def test_workers_together_see_every_tile_and_take_as_many_steps(stored, of):
     assert {v for part in even for b in part for v in b} == set(range(61))
     for mine, whole in zip(plain, even, strict=True):
         assert {v for b in mine for v in b} == {v for b in whole for v in b}  # no chunk is read by two
+
+
+def test_more_workers_than_chunks_share_the_tiles_and_nobody_waits(stored):
+    even = [values_of(stored.share(i, 8, even=True), 1) for i in range(8)]
+    assert len({tuple(map(len, part)) for part in even}) == 1
+    assert {v for part in even for b in part for v in b} == set(range(61))
+    with pytest.raises(ConfigError, match="70 workers cannot share fewer than 70 tiles"):
+        values_of(stored.share(0, 70, even=True), 0)
 
 
 def test_shares_of_shares_are_shares(stored):
@@ -472,6 +488,17 @@ def test_named_weights_are_read_and_missing_ones_are_said(tmp_path, monkeypatch)
 def test_weights_of_another_shape_are_refused_by_name():
     start = loop.snapshot(build("small-cnn", {"width": 8}, 2))
     with pytest.raises(ConfigError, match=r"features\.0\.0\.weight is \(8, 3, 7, 7\) instead of \(16, 3, 7, 7\)"):
+        fit(card(), spec(), textures(16, 1), start=start)
+
+
+def test_weights_of_a_larger_network_are_refused():
+    """ResNet-34's names are all of ResNet-18's and more."""
+    start = {
+        **loop.snapshot(build("small-cnn", {"width": 16}, 2)),
+        "features.9.0.weight": torch.zeros(3),
+        "aux1.fc.bias": torch.zeros(3),  # which is no matter
+    }
+    with pytest.raises(ConfigError, match=r"1 of its tensors belong to another network \(features\.9\.0\.weight\)"):
         fit(card(), spec(), textures(16, 1), start=start)
 
 

@@ -24,16 +24,13 @@ from torch import nn
 from slideflow_ray import storage
 from slideflow_ray.errors import BundleError, ConfigError
 from slideflow_ray.models.bundle import BundleCard, write_bundle
-from slideflow_ray.models.networks import build, fit_weights
+from slideflow_ray.models.networks import AUXILIARY, build, fit_weights
 
 SECONDS = 120
 """Processor time for opening a foreign file; it takes a few seconds for a gigabyte."""
 
 LEAST_MB, TIMES_SIZE = 512, 4
 """Memory beyond torch itself: four times the file (its tensors, and copies while they are written), at least this."""
-
-AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
-"""Heads that only served the training of Inception networks."""
 
 State = Mapping[str, torch.Tensor]
 PLAIN = "Save the plain weights where the file comes from: torch.save(model.state_dict(), 'weights.pth')."

@@ -41,6 +41,10 @@ class SmallCnn(nn.Module):
         return cast(torch.Tensor, self.head(self.dropout(self.features(x).mean((2, 3)))))
 
 
+AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
+"""Heads that only served the training of Inception networks."""
+
+
 def _block(inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(inside, outside, kernel, stride, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outside), nn.ReLU(inplace=True))

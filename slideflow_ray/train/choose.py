@@ -17,7 +17,7 @@ from slideflow_ray.events import Listener, Noted, silent
 from slideflow_ray.execute.on_ray import connect
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
 from slideflow_ray.specs import ExecutorSpec, Positive, Spec, digest
-from slideflow_ray.train.job import Data, TrainResult, card_of, prepare, train
+from slideflow_ray.train.job import Data, TrainResult, card_of, check_out, prepare, train
 from slideflow_ray.train.loop import EpochResult, Progress, fit
 from slideflow_ray.train.record import CURVES, METRICS, RECORD, data_record, versions
 from slideflow_ray.train.spec import Percent, TrainJob, TrainSpec
@@ -53,10 +53,9 @@ class Candidate:
     epoch: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the record says of it."""
-        return {**self.settings, "val_loss": self.loss, "val_accuracy": self.accuracy, "val_auc": self.auc} | {
-            "epoch": self.epoch + 1
-        }
+        """Return what the record says of it; epochs count from 0 there."""
+        found = {"val_loss": self.loss, "val_accuracy": self.accuracy, "val_auc": self.auc, "epoch": self.epoch}
+        return {**self.settings, **found}
 
 
 def choose(
@@ -69,6 +68,7 @@ def choose(
     Raises ConfigError where the cohort has no val split, or one architecture is named twice.
     """
     _check_names(architectures)
+    check_out(job)
     data = prepare(job, listen)
     _check_val(data, job)
     found: list[Candidate] = []
@@ -120,6 +120,7 @@ def search(job: TrainJob, spec: SearchSpec, listen: Listener = silent) -> tuple[
     grid = spec.grid()
     if len(grid) < 2:
         raise ConfigError("A search needs at least two combinations.", next_step="Give more values in [search].")
+    check_out(job)
     data = prepare(job, listen)
     _check_val(data, job)
     card = card_of(job).model_dump(mode="json", exclude={"name", "description"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,11 +58,11 @@ class TrainResult:
         counts = ", ".join(f"{n} {split} tiles" for split, n in self.tiles.items())
         line = f"trained on {counts}; best epoch {best.epoch + 1} of {len(self.history)}"
         if best.val:
-            line += f": val loss {best.val.loss:.4f}, accuracy {best.val.accuracy:.3f}, AUC {best.val.auc:.4f}"
+            line += f": val loss {best.val.loss:.4f}, accuracy {best.val.accuracy:.3f}, AUC {_or_none(best.val.auc)}"
         return f"{line}\n{'Bundle' if self.changed else 'Nothing to do, the bundle is there'}: {self.bundle}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
+        """Return what `--json` prints; epochs count from 0, as in training.json. What is not defined is None."""
         best = self.best
         val = vars(best.val) if best.val else None
         return {
@@ -69,10 +70,14 @@ class TrainResult:
             "changed": self.changed,
             "tiles": self.tiles,
             "epochs": len(self.history),
-            "best_epoch": best.epoch + 1,
+            "best_epoch": best.epoch,
             "train_loss": best.train_loss,
-            "val": val,
+            "val": val and {name: None if math.isnan(value) else value for name, value in val.items()},
         }
+
+
+def _or_none(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.4f}"
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,13 @@ def train(job: TrainJob, listen: Listener = silent, data: Data | None = None, **
     Raises ConfigError (no train slides, a class without tiles, a slide that cannot be
     read), SplitLeakError, NanScore, DiskFull.
     """
-    _check_out(job)
+    check_out(job)
     start = find_weights(job.fit)
     if start.note:
         listen(Noted(start.note))
     data = data or prepare(job, listen)
+    if not len(data.source("val")):
+        listen(Noted("No labelled tiles in split val: nothing is validated, and the last epoch's weights are kept."))
     return (
         _on_ray(job, data, start, listen, record)
         if job.crew.kind == "ray"
@@ -110,7 +117,8 @@ def train(job: TrainJob, listen: Listener = silent, data: Data | None = None, **
     )
 
 
-def _check_out(job: TrainJob) -> None:
+def check_out(job: TrainJob) -> None:
+    """Raise ConfigError where what is at the job's `out` is no bundle of a training and must stay."""
     if Path(job.out).exists() and not job.overwrite and not (Path(job.out) / RECORD).is_file():
         raise ConfigError(f"{job.out} exists already.", next_step="Choose another --out, or say --overwrite.")
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from slideflow_ray.errors import BundleError, ConfigError, NanScore
 from slideflow_ray.models.bundle import BundleCard
-from slideflow_ray.models.networks import build, find_head
+from slideflow_ray.models.networks import AUXILIARY, build, find_head
 from slideflow_ray.models.scorer import settle_gpu, to_margins
 from slideflow_ray.prepare import to_input
 from slideflow_ray.profile import has_bf16
@@ -285,6 +285,8 @@ def validate(trainer: Trainer, source: TileSource) -> Validation:
     rows = [np.concatenate([x for part in parts for x in part[i]] or [np.empty(0)]) for i in (1, 2)]
     if not len(rows[1]):
         raise ConfigError("The validation split has no tiles.")
+    if not math.isfinite(losses):
+        raise NanScore(f"The validation loss is {losses}.", next_step="Train with a lower lr.")
     return Validation(losses / len(rows[1]), *_quality(trainer.card, *rows))
 
 
@@ -424,9 +426,11 @@ def _begin_with(net: nn.Module, start: Mapping[str, torch.Tensor], card: BundleC
     head = find_head(net, card.n_classes)[0]
     strange = [k for k in own if k not in start or start[k].shape != own[k].shape]
     wrong = [key for key in strange if not (key.startswith(f"{head}.") or _is_head(own[key], start.get(key), card))]
-    if wrong:
+    more = [key for key in start if key not in own and not key.startswith((f"{head}.", *AUXILIARY))]
+    if wrong or more:
+        left = f"{len(more)} of its tensors belong to another network ({', '.join(more[:3])})"
         raise ConfigError(
-            f"The weights to start from do not fit {card.architecture}: {_few(own, start, wrong)}.",
+            f"The weights to start from do not fit {card.architecture}: {_few(own, start, wrong) if wrong else left}.",
             next_step="Take weights of this architecture, by the names that torchvision or timm gives them.",
         )
     net.load_state_dict({key: own[key] if key in strange else start[key] for key in own})

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from slideflow_ray.errors import ConfigError
 from slideflow_ray.pipeline import Chunk, Context, OpenSlides, Pixels, read_chunk
 from slideflow_ray.train.augment import augment, augmentation, mix, seed_of
 from slideflow_ray.train.spec import TrainSpec
@@ -143,8 +144,7 @@ class ChunkTiles:
             return
         most = max(sum(len(rows) for _, rows in part) for part in parts)
         rounds = (self._mixed(mine, epoch, again, batch_size, seed) for again in itertools.count())
-        if mine:
-            yield from _exactly(most, batch_size, itertools.chain.from_iterable(rounds))
+        yield from _exactly(most, batch_size, itertools.chain.from_iterable(rounds))
 
     def _deal(self, epoch: int, seed: int) -> list[list[tuple[LabelledChunk, Counts]]]:
         """The chunks of each part with the rows of this epoch, in a new order each epoch."""
@@ -156,6 +156,8 @@ class ChunkTiles:
         load = [0] * of
         if of == 1:
             return [drawn]
+        if self.even:
+            drawn = _enough(drawn, of)
         place = {id(c): i for i, (c, _) in enumerate(drawn)}
         for c, rows in sorted(drawn, key=lambda pair: (-len(pair[1]), place[id(pair[0])])):
             lightest = load.index(min(load))
@@ -215,6 +217,21 @@ def _join(parts: Sequence[Batch]) -> Batch:
         np.concatenate([part.labels for part in parts]),
         np.concatenate(stains) if len(stains) == len(parts) else None,
     )
+
+
+def _enough(drawn: list[tuple[LabelledChunk, Counts]], of: int) -> list[tuple[LabelledChunk, Counts]]:
+    """Halve the largest chunks until each of `of` workers has one: one without tiles would keep the others waiting.
+
+    Raises ConfigError where there are fewer tiles than workers.
+    """
+    found = [(c, rows) for c, rows in drawn if len(rows)]
+    if sum(len(rows) for _, rows in found) < of:
+        raise ConfigError(f"{of} workers cannot share fewer than {of} tiles.", next_step="Train with fewer workers.")
+    while len(found) < of:
+        i = max(range(len(found)), key=lambda i: len(found[i][1]))
+        c, rows = found[i]
+        found[i : i + 1] = [(c, rows[0::2]), (c, rows[1::2])]
+    return found
 
 
 def _exactly(tiles: int, batch_size: int, batches: Iterator[Batch]) -> Iterator[Batch]:
