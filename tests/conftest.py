@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Token authentication with a token of the tests' own; Ray reads the mode once, when it is first imported."""
+    folder = Path(tempfile.mkdtemp(prefix="slideflow-ray-token-"))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    token = folder / "auth_token"
+    token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o600)
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_USAGE_STATS_ENABLED="0")
+    os.environ.pop("RAY_ADDRESS", None)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
@@ -78,19 +91,10 @@ def bundles(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture(scope="session", autouse=True)
-def ray_env(tmp_path_factory) -> dict[str, str]:
-    """Token authentication with a token of the tests' own, set for this process and those it starts.
-
-    Before any test: Ray reads the mode once, when a process first uses it.
-    """
-    token = tmp_path_factory.mktemp("token") / "auth_token"
-    token.write_text("0123456789abcdef" * 4)
-    token.chmod(0o600)
-    wanted = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ.update(wanted)
-    os.environ.pop("RAY_ADDRESS", None)
-    return wanted
+@pytest.fixture(scope="session")
+def ray_env() -> dict[str, str]:
+    """Token authentication, as set below for this process and those it starts."""
+    return {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED")}
 
 
 @pytest.fixture(scope="session")

@@ -74,16 +74,19 @@ SEARCH = SearchSpec(lr=(1e-6, 3e-3), epochs=1)
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_keeps_the_best_of_the_grid_and_is_not_made_twice(local_ray, cohort, work, tmp_path, monkeypatch):
+def test_a_search_keeps_the_best_of_the_grid_and_is_not_made_twice(
+    local_ray, cohort, work, tmp_path, monkeypatch, capsys
+):
     job = job_of(cohort, tmp_path / "found", work)
     result, found = search(job, SEARCH)
     assert [c.settings for c in found] == [{"lr": 1e-6}, {"lr": 3e-3}]
     best = min(found, key=lambda c: c.loss)
-    assert best.settings == {"lr": 3e-3}
+    assert found[0].loss != found[1].loss
+    assert capsys.readouterr().out == ""  # which is for --json
     assert result.best.val.loss == pytest.approx(best.loss, abs=1e-6)  # the same training once more
     record = json.loads((tmp_path / "found" / "training.json").read_text())
     assert [c["lr"] for c in record["choice"]["candidates"]] == [1e-6, 3e-3]
-    assert record["fit"]["lr"] == 3e-3
+    assert record["settings"]["lr"] == best.settings["lr"]
     monkeypatch.setattr(choose_module, "_tuned", lambda *_: pytest.fail("it searched again"))
     assert not search(job, SEARCH)[0].changed
 

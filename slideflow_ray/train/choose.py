@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,7 +162,8 @@ def _tuned(job: TrainJob, spec: SearchSpec, grid: Sequence[Mapping[str, Any]], d
             tune_config=tune.TuneConfig(max_concurrent_trials=spec.at_once or None),
             run_config=tune.RunConfig(storage_path=str(Path(job.work).absolute() / "tune"), verbose=0),
         )
-        results = tuner.fit()
+        with contextlib.redirect_stdout(sys.stderr):  # Tune prints what it does; ours is for the result
+            results = tuner.fit()
         if results.errors:
             raise ConfigError(
                 f"{len(results.errors)} of {len(grid)} trials failed: {_first_line(results.errors[0])}",
