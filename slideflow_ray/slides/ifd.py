@@ -5,13 +5,15 @@ Tags and types: TIFF 6.0 (Adobe, 1992) and BigTIFF (8-byte counts and offsets).
 
 from __future__ import annotations
 
+import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from slideflow_ray.errors import BadDimensions, TruncatedSlide
+from slideflow_ray.errors import BadDimensions, NotASlide, TruncatedSlide
 
 MAX_DIRECTORIES = 1000
 """Slides have about ten; a stack of planes, which is refused later and by its name, has hundreds."""
@@ -19,6 +21,9 @@ MAX_DIRECTORIES = 1000
 MAX_TAGS = 1000
 MAX_TEXT_BYTES = 2**24
 """Of one description: OME-XML of a slide has a few kB, with annotations a few MB."""
+
+MAX_PLANES = 10_000
+DESCRIPTION = 270
 
 MAX_TILES = 10**7
 """Of one level: 4 * 10**11 pixels in tiles of 256 x 256 are 6 million."""
@@ -76,23 +81,28 @@ def check_directories(path: Path, size: int) -> None:
         seen: set[int] = set()
         below = [first]
         while below:
-            for offset, tags, end in _chain(path, file, size, form, below.pop(), seen):
+            for offset, tags in _chain(path, file, size, form, below.pop(), seen):
                 _check_tags(path, file, size, form, offset, tags)
-                below += _below(file, form, tags)
-                del end
+                _check_description(path, file, tags)
+                children = _below(file, form, tags)
+                if len(children) > MAX_DIRECTORIES or seen & set(children):
+                    raise BadDimensions(f"{path}: the directory at byte {offset:,} stands below itself.")
+                below += children
 
 
 def _chain(
     path: Path, file: BinaryIO, size: int, form: _Form, offset: int, seen: set[int]
-) -> Iterator[tuple[int, Mapping[int, _Tag], int]]:
-    """Yield (offset, tags, end) of a directory and those that follow it."""
-    while offset:
-        if offset in seen or len(seen) >= MAX_DIRECTORIES:
-            what = "a directory of it follows itself" if offset in seen else "it has more directories than any slide"
+) -> Iterator[tuple[int, Mapping[int, _Tag]]]:
+    """Yield (offset, tags) of a directory and those that follow it."""
+    mine: set[int] = set()
+    while offset and (offset not in seen or offset in mine):  # children may stand in a chain and in a list
+        if offset in mine or len(seen) >= MAX_DIRECTORIES:
+            what = "a directory of it follows itself" if offset in mine else "it has more directories than any slide"
             raise BadDimensions(f"{path}: {what}.")
         seen.add(offset)
+        mine.add(offset)
         tags, end = _directory(path, file, size, form, offset)
-        yield offset, tags, end
+        yield offset, tags
         file.seek(end - form.field)
         (offset,) = struct.unpack(form.offset, file.read(form.field))
 
@@ -108,7 +118,7 @@ def _directory(path: Path, file: BinaryIO, size: int, form: _Form, offset: int) 
     if entries > MAX_TAGS:
         raise BadDimensions(f"{path}: a directory of it has {entries:,} tags.")
     data = file.read(entries * form.entry)
-    tags = {}
+    tags: dict[int, _Tag] = {}
     for index in range(entries):
         at = index * form.entry
         number, kind = struct.unpack_from(f"{form.order}HH", data, at)
@@ -121,9 +131,7 @@ def _directory(path: Path, file: BinaryIO, size: int, form: _Form, offset: int) 
     return tags, end
 
 
-def _check_tags(
-    path: Path, file: BinaryIO, size: int, form: _Form, offset: int, tags: Mapping[int, _Tag]
-) -> None:
+def _check_tags(path: Path, file: BinaryIO, size: int, form: _Form, offset: int, tags: Mapping[int, _Tag]) -> None:
     where = f"{path}: the directory at byte {offset:,}"
     for number, tag in tags.items():
         known = number in TABLES or number in TEXTS or number in (WIDTH, LENGTH)
@@ -133,7 +141,8 @@ def _check_tags(
             raise BadDimensions(f"{where} has a text ({number}) of {tag.bytes:,} bytes.")
         if tag.count > MAX_TILES and number in TABLES:
             raise BadDimensions(f"{where} has {tag.count:,} {TABLES[number]}.")
-    _check_sides(where, {n: _integer(file, form, tags[n]) for n in (WIDTH, LENGTH, TILE_WIDTH, TILE_LENGTH) if n in tags})
+    sides = (WIDTH, LENGTH, TILE_WIDTH, TILE_LENGTH, SAMPLES)
+    _check_sides(where, {n: _integer(file, form, tags[n]) for n in sides if n in tags})
     tile = [_integer(file, form, tags[n]) for n in (TILE_WIDTH, TILE_LENGTH, SAMPLES) if n in tags]
     samples = tile[2] if len(tile) == 3 else 1
     if len(tile) >= 2 and {TILE_WIDTH, TILE_LENGTH} <= set(tags):
@@ -142,21 +151,41 @@ def _check_tags(
 
 def _check_sides(where: str, sides: Mapping[int, int]) -> None:
     if bad := [value for value in sides.values() if value < 1]:
-        raise BadDimensions(f"{where} has a side of {bad[0]} pixels.")
+        raise BadDimensions(f"{where} has a side, or channels, of {bad[0]}.")
 
 
-def _check_tiles(
-    where: str, file: BinaryIO, form: _Form, tags: Mapping[int, _Tag], tile: tuple[int, int, int]
-) -> None:
+def _check_tiles(where: str, file: BinaryIO, form: _Form, tags: Mapping[int, _Tag], tile: tuple[int, int, int]) -> None:
     if tile[0] * tile[1] * max(tile[2], 1) > MAX_TILE_BYTES:
         raise BadDimensions(f"{where} has tiles of {tile[0]:,} x {tile[1]:,} pixels in {tile[2]:,} channels.")
     if not {WIDTH, LENGTH} <= set(tags):
         return
-    across, down = (-(-_integer(file, form, tags[n]) // side) for n, side in zip((WIDTH, LENGTH), tile, strict=False))
+    w, h = (_integer(file, form, tags[n]) for n in (WIDTH, LENGTH))
+    needed = -(-w // tile[0]) * -(-h // tile[1])
     for number in (n for n in (324, 325) if n in tags):
-        planes = max(tile[2], 1)
-        if not across * down <= tags[number].count <= across * down * planes:
-            raise BadDimensions(f"{where} needs {across * down:,} tiles, its table has {tags[number].count:,}.")
+        if not needed <= tags[number].count <= needed * max(tile[2], 1):
+            fewer = "fewer" if tags[number].count < needed else "more"
+            raise BadDimensions(
+                f"{where}: a level of {w:,} x {h:,} pixels needs {needed:,} tiles, its table has {fewer}."
+            )
+
+
+def _check_description(path: Path, file: BinaryIO, tags: Mapping[int, _Tag]) -> None:
+    """Look into the description before tifffile and tiffslide give it to an XML parser.
+
+    Raises NotASlide: entities, millions of planes (an array of them is made), pieces in a file elsewhere.
+    """
+    if (tag := tags.get(DESCRIPTION)) is None or tag.bytes <= 8:
+        return
+    file.seek(tag.at)
+    text = file.read(tag.bytes)
+    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
+        raise NotASlide(f"{path}: its description declares XML entities, which no scanner does.")
+    if b"<OME" in text or b":OME" in text:
+        planes = math.prod(int(n) for _, n in re.findall(rb'\bSize([ZCT])\s*=\s*["\'](\d{1,18})["\']', text)[:3])
+        if planes > MAX_PLANES:
+            raise NotASlide(f"{path}: its description claims {planes:,} planes.")
+        if re.search(rb'\bFileName\s*=\s*["\'][^"\']*[/\\\\]', text):
+            raise NotASlide(f"{path}: its description names a file in another folder.")
 
 
 def _integer(file: BinaryIO, form: _Form, tag: _Tag) -> int:
