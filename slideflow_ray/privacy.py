@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import html
 import io
 import json
 import os
@@ -71,7 +72,6 @@ def search(tree: Path, words: Sequence[str]) -> tuple[Leak, ...]:
 
 def _forms(word: str) -> tuple[bytes, ...]:
     """How a word may be written: plain, in JSON's escapes, in HTML's, in two bytes a letter."""
-    import html
     from urllib.parse import quote
 
     low = word.lower()
@@ -113,6 +113,8 @@ def _unpacked(path: Path, head: bytes) -> Iterator[tuple[str, bytes]]:
         yield from _tried("gzip", lambda: gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_PIECE))
     elif b"\x28\xb5\x2f\xfd" in data[: 2**16] and ".zarr" in str(path):
         yield from (("chunk", part) for part in _zstd_frames(data))
+    if path.suffix in (".html", ".svg", ".xml"):
+        yield "entities", html.unescape(data.decode("utf-8", "replace")).encode()
     if path.suffix in (".html", ".svg", ".json", ".geojson"):
         yield from (("data: uri", part) for part in _data_uris(data))
 
@@ -132,11 +134,17 @@ def _png_texts(data: bytes) -> Iterator[bytes]:
         body = data[at + 8 : at + 8 + size]
         if kind in (b"tEXt", b"iTXt", b"eXIf", b"zTXt"):
             yield body
-            for start in {m.start() for m in re.finditer(rb"\x78[\x01\x5e\x9c\xda]", body)}:
-                yield from (
-                    part for _, part in _tried("", lambda s=start: zlib.decompressobj().decompress(body[s:], MAX_PIECE))
-                )
+            yield from _inflated(body)
         at += 12 + size
+
+
+def _inflated(body: bytes) -> Iterator[bytes]:
+    """Yield what deflate streams in a text chunk become; they begin behind keywords of unknown length."""
+    for start in (m.start() for m in re.finditer(rb"\x78[\x01\x5e\x9c\xda]", body)):
+        try:
+            yield zlib.decompressobj().decompress(body[start:], MAX_PIECE)
+        except zlib.error:
+            continue
 
 
 def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
