@@ -65,6 +65,9 @@ OURS_TO_SET = frozenset(
 CLASSES = {"classify": (2, 100_000), "multilabel": (1, 100_000), "segment": (2, NOT_SCORED), "features": (0, 0)}
 """The fewest and most classes of each task."""
 
+MAX_HEADER_BYTES = 2**22
+"""Of weights.safetensors: about 100 bytes a tensor, and the largest encoders have a few thousand."""
+
 Channel = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -286,6 +289,10 @@ def load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     path = weights_path(folder)
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > MAX_HEADER_BYTES:
+        raise BundleError(f"{path} is not a complete safetensors file: its header claims {header:,} bytes.")
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
