@@ -17,6 +17,7 @@ from slideflow_ray.lease import held
 from slideflow_ray.pipeline import Context
 from slideflow_ray.specs import OBJECTS, RunSpec, WholeSpec, digest
 from slideflow_ray.store import folder_name
+from slideflow_ray.texts import safe_row
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _failures(result: RunResult) -> str:
     writer.writerow(["slide_id", "status", "code", "message", "next_step"])
     for e in result.ended:
         if e.status != "done":
-            writer.writerow([e.slide_id, e.status, e.code, e.message.splitlines()[0], e.next_step])
+            writer.writerow(safe_row([e.slide_id, e.status, e.code, e.message.splitlines()[0], e.next_step]))
     return text.getvalue()
 
 

@@ -12,6 +12,7 @@ keep their names. What is normal is cut out of everything else in the file.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,11 +31,15 @@ from slideflow_ray.errors import AnnotationError
 from slideflow_ray.identity import file_sha256
 from slideflow_ray.specs import LabelSpec, digest
 from slideflow_ray.store import SlideStore
+from slideflow_ray.texts import read_bytes
 
 MAX_PX0 = 1e7
 """Ten times the widest slide that can be opened: beyond it a coordinate is a mistake."""
 
 MAX_BYTES = 2**30
+MAX_DEPTH = 50
+"""Of XML; ASAP's has five levels."""
+
 METHOD = 2
 """Part of the digest of labels: changed when the rules below make other labels, or say more about them."""
 
@@ -111,11 +116,10 @@ def read_geojson(uri: str) -> tuple[Region, ...]:
 
 
 def _bytes(uri: str) -> bytes:
-    path = storage.local_path(uri)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise AnnotationError(f"{uri} has {path.stat().st_size:,} bytes; up to {MAX_BYTES:,} are read.")
-        return path.read_bytes()
+        return read_bytes(storage.local_path(uri), MAX_BYTES)
+    except ValueError as error:
+        raise AnnotationError(f"{uri} cannot be read: {error}.") from error
     except OSError as error:
         raise AnnotationError(f"{uri} cannot be read: {error.strerror or error}.") from error
 
@@ -221,7 +225,7 @@ def _polygonal(shape: Any) -> shapely.Polygon | shapely.MultiPolygon:
 def _asap(uri: str, content: bytes) -> tuple[Region, ...]:
     """Return the areas of an ASAP file, in its order; points, and areas of fewer than three points, are passed over."""
     try:
-        root = ElementTree.fromstring(content, forbid_dtd=True)
+        root = _xml(content)
     except (SyntaxError, ValueError, LookupError, DefusedXmlException) as error:
         raise AnnotationError(f"{uri} is not XML that may be read: {error}.") from error
     if root.tag != "ASAP_Annotations":
@@ -238,6 +242,17 @@ def _asap(uri: str, content: bytes) -> tuple[Region, ...]:
             name = "" if group == "None" else ASAP_GROUPS.get(group.casefold(), group)
             found += [Region(name, shape)] if shape is not None else []
     return _cut(found)
+
+
+def _xml(content: bytes) -> Any:
+    """Return the root of an XML text without DTD and of bounded depth. Raises what defusedxml does, and ValueError."""
+    depth, root = 0, None
+    for event, element in ElementTree.iterparse(io.BytesIO(content), events=("start", "end"), forbid_dtd=True):
+        root = element if root is None else root
+        depth += 1 if event == "start" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"its elements are more than {MAX_DEPTH} deep")
+    return root
 
 
 def _asap_area(annotation: Any, say: Say) -> shapely.Polygon | shapely.MultiPolygon | None:

@@ -709,12 +709,38 @@ def demo(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine can do: versions, cores, memory, GPU, precision, readers."""
+def doctor(
+    privacy: Annotated[Path | None, typer.Option(help="Search this result tree for words instead.")] = None,
+    string: Annotated[list[str] | None, typer.Option(help="A word to look for; may be repeated.")] = None,
+    strings: Annotated[Path | None, typer.Option(help="A text file of words, one a line.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine can do; or, with --privacy, whether results hold given words (exit code 5 if so)."""
+    if privacy is not None:
+        _search(privacy, string or [], strings, as_json)
+        return
+    if string or strings:
+        raise ConfigError("--string and --strings need --privacy OUT.")
     from slideflow_ray.doctor import examine
 
     for name, value in examine().items():
         typer.echo(f"{name:14} {value}")
+
+
+def _search(tree: Path, words: list[str], file: Path | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from slideflow_ray.privacy import read_words, search
+
+    found = search(tree, read_words(words, file))
+    if as_json:
+        typer.echo(json.dumps([asdict(leak) for leak in found]))
+    else:
+        for leak in found:
+            typer.echo(f"{leak.path} ({leak.part}): {leak.word}")
+        typer.echo(f"{len(found)} places hold a word" if found else "no word was found")
+    if found:
+        raise typer.Exit(EXIT_VERIFY)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from slideflow_ray import storage
 from slideflow_ray.errors import CohortError, ConfigError, SplitLeakError
 from slideflow_ray.specs import Modality, Spec, relative_to
+from slideflow_ray.texts import plain_cell
+from slideflow_ray.uris import check_uri
 
 Split = Literal["train", "val", "test"]
 
@@ -33,7 +36,7 @@ class Item(Spec):
     site: str | None = None
     sequence: str | None = None
     section: str | None = None
-    sha256: str | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
     mask: str | None = None
 
     @field_validator("*", mode="before")
@@ -46,10 +49,26 @@ class Item(Spec):
 
     @field_validator("slide_id")
     @classmethod
-    def _printable(cls, value: str) -> str:
+    def _name(cls, value: str) -> str:
         if not value.isprintable() or value.strip() != value:
             raise ValueError("must be printable and must not begin or end with a space")
+        if value.startswith(("=", "+", "@", "/", "\\")) or value[1:3] == ":\\":
+            raise ValueError("must not begin as a formula or a path does")
+        if {".", ".."} & set(re.split(r"[/\\]", value)):
+            raise ValueError("must not hold '.' or '..' as a folder")
         return value
+
+    @field_validator("patient_id", "label", "stain", "scanner", "site", "sequence", "section")
+    @classmethod
+    def _printable(cls, value: str | None) -> str | None:
+        if value is not None and not value.isprintable():
+            raise ValueError("must be printable")
+        return value
+
+    @field_validator("uri", "annotation", "mask")
+    @classmethod
+    def _allowed(cls, value: str | None) -> str | None:
+        return None if value is None else check_uri(value)
 
     @property
     def patient(self) -> str:
@@ -58,6 +77,10 @@ class Item(Spec):
 
 
 COLUMNS = tuple(Item.model_fields)
+
+MAX_BYTES = 2**27
+MAX_LINES = 1_000_000
+MAX_COLUMNS = 100
 
 
 def read_cohort(path: str | Path, *, check: bool = True) -> tuple[Item, ...]:
@@ -69,10 +92,12 @@ def read_cohort(path: str | Path, *, check: bool = True) -> tuple[Item, ...]:
     one patient stands in two splits.
     """
     path = Path(path)
+    _check_file(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            _check_columns(path, reader.fieldnames)
             rows = list(reader)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no cohort {path}.") from error
@@ -80,7 +105,6 @@ def read_cohort(path: str | Path, *, check: bool = True) -> tuple[Item, ...]:
         raise CohortError(f"{path} is not a UTF-8 CSV file: {error}.") from error
     if not rows:
         raise CohortError(f"{path} has no rows.")
-    _check_columns(path, rows[0])
     items = tuple(_item(path, number, row) for number, row in enumerate(rows, start=2))
     check_unique(items)
     if check:
@@ -88,8 +112,23 @@ def read_cohort(path: str | Path, *, check: bool = True) -> tuple[Item, ...]:
     return items
 
 
-def _check_columns(path: Path, row: Mapping[str | None, object]) -> None:
-    named = [name for name in row if name is not None]
+def _check_file(path: Path) -> None:
+    """Raise CohortError for what is no file, is larger than any cohort or has more lines."""
+    if not path.exists() or path.is_dir():
+        return
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise CohortError(f"{path} is no file of at most {MAX_BYTES:,} bytes.")
+    with path.open("rb") as file:
+        lines = sum(piece.count(b"\n") for piece in iter(lambda: file.read(2**20), b""))
+    if lines > MAX_LINES:
+        raise CohortError(f"{path} has {lines:,} lines; at most {MAX_LINES:,} are read.")
+
+
+def _check_columns(path: Path, named: Sequence[str]) -> None:
+    if not named:
+        raise CohortError(f"{path} has no rows.")
+    if len(named) > MAX_COLUMNS or len(set(named)) < len(named):
+        raise CohortError(f"{path} has {len(named):,} columns, some of them twice or without meaning.")
     missing = {"slide_id", "uri"} - set(named)
     unknown = set(named) - set(COLUMNS)
     if missing or unknown:
@@ -101,7 +140,7 @@ def _check_columns(path: Path, row: Mapping[str | None, object]) -> None:
 def _item(path: Path, number: int, row: Mapping[str | None, object]) -> Item:
     if None in row:
         raise CohortError(f"{path}, line {number}: more cells than columns.")
-    cells = {str(key): cell.strip() for key, cell in row.items() if isinstance(cell, str)}
+    cells = {str(key): plain_cell(cell.strip()) for key, cell in row.items() if isinstance(cell, str)}
     values = {key: cell for key, cell in cells.items() if cell}
     here = path.resolve().parent
     for key in ("uri", "annotation", "mask"):

@@ -23,6 +23,7 @@ from slideflow_ray.identity import identity
 from slideflow_ray.slides import is_dicom, is_zarr, open_slide
 from slideflow_ray.specs import Modality, parts_of
 from slideflow_ray.splits import Holding, split_of
+from slideflow_ray.texts import safe_cell
 
 SUFFIXES: Final = frozenset(
     (".svs", ".tif", ".tiff", ".btf", ".tf8", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi")
@@ -430,5 +431,5 @@ def write_cohort_csv(path: Path, found: Collected, *, modality: str | None = Non
         whole = slide.path.absolute()
         uri = whole.relative_to(here).as_posix() if whole.is_relative_to(here) else str(whole)
         row = {"slide_id": slide.slide_id, "uri": uri, "patient_id": slide.patient, "split": slide.split}
-        writer.writerow({**row, "modality": modality})
+        writer.writerow({name: safe_cell(value) for name, value in {**row, "modality": modality}.items()})
     storage.write_atomic(path, text.getvalue().encode())

@@ -33,6 +33,7 @@ from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import OBJECTS, ObjectSpec
 from slideflow_ray.store import SlideStore, folder_name
 from slideflow_ray.tables import Columns, read_table, write_table
+from slideflow_ray.texts import safe_cell, safe_row
 
 To = Literal["geojson", "parquet", "csv", "ome-zarr", "ome-tiff", "crops"]
 
@@ -255,7 +256,7 @@ def _write_csv(path: Path, columns: Sequence[str], values: Mapping[str, Sequence
     """Floats are written so that reading them as float32 gives the same bits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow(safe_row(columns))
     writer.writerows(zip(*(_plain(values[name]) for name in columns), strict=True))
     storage.write_atomic(path, text.getvalue().encode())
 
@@ -263,7 +264,7 @@ def _write_csv(path: Path, columns: Sequence[str], values: Mapping[str, Sequence
 def _plain(values: Any) -> list[Any]:
     if isinstance(values, np.ndarray):
         return [str(v) for v in values] if values.dtype == np.float32 else values.tolist()
-    return ["" if value is None else value for value in values]
+    return ["" if value is None else safe_cell(value) for value in values]
 
 
 def _images(
@@ -470,8 +471,8 @@ def _crops(scored: Scored, folder: Path) -> list[Path]:
             rows.append([*about, float(found.area_um2[row]), *(str(column[row]) for column in said.values())])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["slide_id", "file", "minx", "miny", "width", "height", "class", "area_um2", *said])
-    writer.writerows(rows)
+    writer.writerow(["slide_id", "file", "minx", "miny", "width", "height", "class", "area_um2", *safe_row(said)])
+    writer.writerows(safe_row(row) for row in rows)
     storage.write_atomic(place / "index.csv", text.getvalue().encode())
     return [place / "index.csv", *(place / row[1] for row in rows)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.texts import read_toml
 
 CHUNK_BYTES = 64 * 2**20
 """A chunk's raw pixels stay below this, so that a worker holds a few of them without thinking."""
@@ -35,7 +35,7 @@ def digest(value: object) -> str:
 class Spec(BaseModel):
     """A frozen value whose unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def digest(self) -> str:
         """Return 12 hex digits that change exactly when a setting does."""
@@ -69,7 +69,7 @@ class TileSpec(Spec):
 
     tile_px: Annotated[int, Field(ge=8, le=4096)]
     mpp: Positive
-    stride_px: Annotated[int, Field(ge=1)] | None = None
+    stride_px: Annotated[int, Field(ge=1, le=2**20)] | None = None
     halo_px: Annotated[int, Field(ge=0)] = 0
     min_tissue: Fraction = 0.05
 
@@ -273,7 +273,7 @@ class RunSpec(Spec):
     out: str
     model: tuple[ModelSpec, ...] = ()
     tile: tuple[TileSpec, ...] = ()
-    stride_px: Annotated[int, Field(ge=1)] | None = None
+    stride_px: Annotated[int, Field(ge=1, le=2**20)] | None = None
     min_tissue: Fraction = 0.05
     tissue: TissueSpec = TissueSpec()
     store: StoreSpec = StoreSpec()
@@ -295,10 +295,10 @@ def load_run(path: Path) -> RunSpec:
     Raises ConfigError when the file is missing, is not TOML, or has an unknown or bad key.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = read_toml(path)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no {path}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
     here = path.resolve().parent
     for key in ("cohort", "out"):

@@ -21,6 +21,7 @@ from slideflow_ray.cohort import COLUMNS, Item, Split, check_splits, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.identity import identity
 from slideflow_ray.specs import SplitSpec, parts_of
+from slideflow_ray.texts import safe_cell
 
 SPLITS: Final[tuple[Split, ...]] = get_args(Split)
 Stratify = Literal["label", "none"]
@@ -296,7 +297,7 @@ def write_items(path: Path, items: Sequence[Item]) -> None:
     writer.writeheader()
     for row in rows:
         places = {name: _from(here, row[name]) for name in ("uri", "annotation", "mask")}
-        writer.writerow({**row, **places})
+        writer.writerow({name: safe_cell(value) for name, value in {**row, **places}.items()})
     storage.write_atomic(path, text.getvalue().encode())
 
 

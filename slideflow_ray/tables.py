@@ -41,3 +41,18 @@ def read_table(path: Path) -> list[dict[str, Any]]:
             f"{path} cannot be read: {error}", next_step="Evaluate again; it is written anew."
         ) from error
     return rows
+
+
+def texts(path: Path) -> list[str]:
+    """Return every text of a Parquet file: names and metadata of file and columns, and the values of text columns."""
+    try:
+        file = pq.ParquetFile(path)
+        schema, table = file.schema_arrow, file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptStore(f"{path} cannot be read: {error}") from error
+    found = [str(file.metadata.metadata), str(schema.metadata), *(f"{f.name} {f.metadata}" for f in schema)]
+    for name in schema.names:
+        column = table.column(name)
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            found += [text for text in column.unique().to_pylist() if text]
+    return found

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "slideflow_ray"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    ["errors", "events", "geometry", "specs"],
+    ["errors", "events", "geometry", "specs", "texts", "uris"],
     ["storage", "identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["packs", "planes", "layout", "pipeline"],
@@ -39,7 +39,7 @@ LAYERS = [
         "mil",
     ],
     ["quality", "figures"],
-    ["report", "export", "web", "nightly", "submit", "progress", "doctor", "demo"],
+    ["report", "export", "web", "nightly", "submit", "progress", "doctor", "privacy", "demo"],
     ["cli"],
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -50,7 +50,7 @@ HEAVY = {
     "dask": {"aggregate.py"},
     "tiffslide": {"slides/tiff.py"},
     "openslide": {"slides/openslide.py", "doctor.py"},
-    "zarr": {"store.py", "slides/omezarr.py"},
+    "zarr": {"store.py", "slides/omezarr.py", "slides/guarded.py"},
     "tifffile": {"export.py", "slides/image.py", "phantoms.py"},
     "imagecodecs": {"slides/image.py"},
     "matplotlib": {"report.py", "train/record.py"},
@@ -150,6 +150,8 @@ def test_doctests_of_the_light_modules_run():
         "phantoms",
         "collect",
         "splits",
+        "texts",
+        "uris",
     ):
         result = doctest.testmod(importlib.import_module(f"slideflow_ray.{name}"))
         assert result.failed == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -18,6 +19,7 @@ from pydantic import ConfigDict, Field, JsonValue, field_validator, model_valida
 
 from slideflow_ray.errors import BundleError, ConfigError
 from slideflow_ray.specs import Fraction, Positive, Spec, digest
+from slideflow_ray.texts import read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +65,9 @@ OURS_TO_SET = frozenset(
 CLASSES = {"classify": (2, 100_000), "multilabel": (1, 100_000), "segment": (2, NOT_SCORED), "features": (0, 0)}
 """The fewest and most classes of each task."""
 
+MAX_HEADER_BYTES = 2**22
+"""Of weights.safetensors: about 100 bytes a tensor, and the largest encoders have a few thousand."""
+
 Channel = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -101,7 +106,7 @@ class BundleCard(Spec):
     task: Task
     architecture: str
     arguments: dict[str, JsonValue] = Field(default={})
-    classes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    classes: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
     tile_px: Annotated[int, Field(ge=8, le=4096)]
     mpp: Annotated[float, Field(gt=0, le=1000)] | None = None
     whole: Literal["squash", "pad"] | None = None
@@ -113,19 +118,26 @@ class BundleCard(Spec):
     mean: tuple[Channel, Channel, Channel]
     std: tuple[Positive, Positive, Positive]
     precision: Literal["auto", "fp32"] = "auto"
-    licence: str = "unknown"
-    description: str = ""
+    licence: Annotated[str, Field(max_length=10_000)] = "unknown"
+    description: Annotated[str, Field(max_length=100_000)] = ""
 
     @field_validator("architecture")
     @classmethod
     def _known_kind(cls, value: str) -> str:
         library, _, name = value.partition(":")
-        if value in OURS or (library in ("torchvision", "timm", "smp") and name):
+        if value in OURS or (library in ("torchvision", "timm", "smp") and re.fullmatch(r"[\w.+-]{1,200}", name)):
             return value
         near = get_close_matches(value, OURS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         known = f"Use {', '.join(OURS)}, torchvision:NAME, timm:NAME or smp:NAME"
         raise ValueError(f"unknown architecture {value!r}{hint} {known}")
+
+    @field_validator("classes")
+    @classmethod
+    def _printable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if bad := [name for name in value if not name.isprintable()]:
+            raise ValueError(f"the class {bad[0]!r} is not printable")
+        return value
 
     @field_validator("arguments")
     @classmethod
@@ -232,10 +244,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise BundleError(f"There is no bundle folder {path.parent}.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_bytes(path))
     except FileNotFoundError as error:
         raise BundleError(f"{path.parent} has no {CARD}.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(values, dict):
         raise BundleError(f"{path} holds a {type(values).__name__}, not a JSON object.")
@@ -277,6 +289,10 @@ def load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     path = weights_path(folder)
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > MAX_HEADER_BYTES:
+        raise BundleError(f"{path} is not a complete safetensors file: its header claims {header:,} bytes.")
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:

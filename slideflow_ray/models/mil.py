@@ -16,6 +16,7 @@ from torch import nn
 from slideflow_ray.errors import BundleError, ConfigError
 from slideflow_ray.models.bundle import WEIGHTS, load_weights
 from slideflow_ray.specs import Spec
+from slideflow_ray.texts import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +90,7 @@ def read_mil_card(folder: str | Path) -> MilCard:
     """Read a slide classifier's card. Raises BundleError where there is none, or it is damaged or unknown."""
     path = Path(folder) / CARD
     try:
-        return MilCard.parse(json.loads(path.read_text(encoding="utf-8")), str(path))
+        return MilCard.parse(json.loads(read_bytes(path)), str(path))
     except FileNotFoundError as error:
         raise BundleError(
             f"{folder} is no slide classifier: it has no {CARD}.",
@@ -97,7 +98,7 @@ def read_mil_card(folder: str | Path) -> MilCard:
         ) from error
     except ConfigError as error:
         raise BundleError(error.message, next_step=f"Correct {CARD}.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not readable JSON: {error}.") from error
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NoReturn, Protocol, Self
@@ -13,8 +12,9 @@ from typing import Literal, NoReturn, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from slideflow_ray.errors import BadDimensions, BadMpp, NoMpp, NotASlide, ReadError, SlideNotFound, TruncatedSlide
+from slideflow_ray.errors import BadDimensions, BadMpp, NoMpp, NotASlide, ReadError, SlideNotFound
 from slideflow_ray.geometry import Level, level_downsample
+from slideflow_ray.slides.ifd import check_directories
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
@@ -127,8 +127,8 @@ class Opened:
 def check_file(path: Path) -> Kind:
     """Return what a file's first bytes say it is, after refusing what no library could read.
 
-    Raises SlideNotFound, NotASlide (a folder, an empty file, a git-LFS pointer) and
-    TruncatedSlide (a TIFF whose directories point beyond its end).
+    Raises SlideNotFound, NotASlide (a folder, an empty file, a git-LFS pointer), and what
+    `check_directories` does of a TIFF: TruncatedSlide, BadDimensions.
     """
     if not path.exists():
         raise SlideNotFound(f"There is no {path}.")
@@ -149,40 +149,8 @@ def check_file(path: Path) -> Kind:
         )
     kind: Kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), "other")
     if kind == "tiff":
-        _check_directories(path, size)
+        check_directories(path, size)
     return kind
-
-
-def _check_directories(path: Path, size: int) -> None:
-    for offset, end in _directories(path):
-        if end > size:
-            raise TruncatedSlide(f"{path} has {size:,} bytes, but a directory of it stands at byte {offset:,}.")
-
-
-def _directories(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield (offset, end) of each TIFF directory; follows the chain while it lies inside the file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(16)
-        order, big = ("<" if head[:2] == b"II" else ">"), b"+" in head[2:4]
-        count_of, offset_of, entry = (f"{order}Q", f"{order}Q", 20) if big else (f"{order}H", f"{order}I", 12)
-        if len(head) < 16:
-            yield len(head), 16
-            return
-        (offset,) = struct.unpack_from(offset_of, head, 8 if big else 4)
-        seen: set[int] = set()
-        while offset and offset not in seen:
-            seen.add(offset)
-            end = offset + struct.calcsize(count_of)
-            if end <= size:
-                file.seek(offset)
-                (entries,) = struct.unpack(count_of, file.read(struct.calcsize(count_of)))
-                end += entries * entry + struct.calcsize(offset_of)
-            yield offset, end
-            if end > size:
-                return
-            file.seek(end - struct.calcsize(offset_of))
-            (offset,) = struct.unpack(offset_of, file.read(struct.calcsize(offset_of)))
 
 
 def check_size(uri: str, size_px0: tuple[int, int], file_bytes: int) -> None:

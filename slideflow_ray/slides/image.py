@@ -31,6 +31,7 @@ from slideflow_ray.slides.base import (
     inside,
     on_white,
 )
+from slideflow_ray.slides.codestream import check_pieces, jpeg_size
 
 MAX_IMAGE_PIXELS = 89_000_000
 """9,400 x 9,400: 270 MB as RGB. Pillow warns of a decompression bomb from 89.5 million pixels on."""
@@ -38,8 +39,8 @@ MAX_IMAGE_PIXELS = 89_000_000
 WINDOW = (0.5, 99.5)
 """Percentiles of 16-bit pixels that become 0 and 255."""
 
-JPEG_SIZE = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of a JPEG after which its size stands."""
+MAX_HEAD_BYTES = 2**24
+"""Of what stands before a JPEG's size: colour profiles and previews, of 64 kB each."""
 
 Raw = npt.NDArray[Any]
 
@@ -146,6 +147,7 @@ def _header(uri: str, path: Path, kind: Kind) -> tuple[tuple[int, int], tuple[ob
     size = _png_size(path) if kind == "png" else _jpeg_size(path)
     if size is None:
         raise NotASlide(f"{uri} begins as a {kind.upper()} file, but has no header.")
+    check_size(uri, size, path.stat().st_size)
     _check_plain(uri, size)
     with Image.open(path, formats=("PNG", "JPEG")) as image:
         dpi = image.info.get("dpi")
@@ -169,18 +171,9 @@ def _png_size(path: Path) -> tuple[int, int] | None:
 
 
 def _jpeg_size(path: Path) -> tuple[int, int] | None:
-    """Return the size that a JPEG's frame header says, walking its segments."""
+    """Return the size that a JPEG's frame header says, which stands behind its metadata."""
     with path.open("rb") as file:
-        file.seek(2)
-        while len(head := file.read(4)) == 4 and head[0] == 0xFF:
-            if head[1] in JPEG_SIZE:
-                body = file.read(5)
-                return (struct.unpack(">HH", body[1:5])[1], struct.unpack(">HH", body[1:5])[0]) if body[4:] else None
-            if head[1] == 0xFF:  # padding
-                file.seek(-3, 1)
-                continue
-            file.seek(struct.unpack(">H", head[2:4])[0] - 2, 1)
-    return None
+        return jpeg_size(file.read(MAX_HEAD_BYTES))
 
 
 def _tiff_header(uri: str, path: Path) -> tuple[tuple[int, int], tuple[object, object]]:
@@ -262,6 +255,8 @@ def _tiff_pixels(path: Path, *, indices: bool = False) -> Raw:
 
     with tifffile.TiffFile(path) as file:
         page = _first(file)
+        tiled = page.is_tiled
+        check_pieces(path, page, (page.tilewidth, page.tilelength) if tiled else (page.imagewidth, page.imagelength))
         raw = np.asarray(page.asarray())
         if raw.dtype == np.bool_:
             raw = raw.astype(np.uint8) * 255

@@ -8,6 +8,7 @@ as Zarr says, not "never scanned".
 from __future__ import annotations
 
 import math
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,8 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import Store
-from zarr.storage import LocalStore, ZipStore
 
-from slideflow_ray.errors import BadDimensions, NotASlide, ReadError, TruncatedSlide
+from slideflow_ray.errors import BadDimensions, NotASlide, ReadError, SlideflowError, TruncatedSlide
 from slideflow_ray.geometry import Level
 from slideflow_ray.slides.base import (
     MAX_PIXELS_PER_BYTE,
@@ -32,9 +31,17 @@ from slideflow_ray.slides.base import (
     pyramid,
     um_of,
 )
+from slideflow_ray.slides.guarded import CODECS, GuardedFolder, GuardedZip, check_entries, check_zip
 
-MAX_CHUNK_BYTES = 2**28
+MAX_CHUNK_BYTES = 2**26
 """The largest piece that one read may have to decode."""
+
+MIN_CHUNK_BYTES = 256
+"""16 x 16 grey pixels: of smaller ones a tile would need thousands."""
+
+MAX_LEVELS = 100
+MAX_AXES = 5
+Guarded = GuardedFolder | GuardedZip
 
 CHANNELS = (1, 3)
 
@@ -59,11 +66,16 @@ class OmeZarrReader(Opened):
 
     def _open(self, path: Path, prefix: str, mpp: float | None, modality: str | None) -> None:
         group, image = _image_of(self.uri, self._store, prefix)
+        if len(image["axes"]) > MAX_AXES or len(image["datasets"]) > MAX_LEVELS:
+            said = f"{len(image['axes']):,} axes and {len(image['datasets']):,} levels"
+            raise NotASlide(f"{self.uri} has {said}; up to {MAX_AXES} and {MAX_LEVELS} would do.")
         axes = [str(axis["name"]) for axis in image["axes"]]
         if sorted(set(axes) - {"t", "c", "z"}) != ["x", "y"] or len(set(axes)) != len(axes):
             raise NotASlide(f"{self.uri} has the axes {', '.join(axes)}; y and x, and t, c, z at most, would do.")
         self._axes = axes
-        arrays = [_array(self.uri, group, str(dataset["path"]), axes) for dataset in image["datasets"]]
+        arrays = [_array(self.uri, group, dataset["path"], axes) for dataset in image["datasets"]]
+        for array in arrays:
+            self._store.limits.add(array.path, math.prod(array.chunks), _codecs(array))
         sizes = [(int(a.shape[axes.index("x")]), int(a.shape[axes.index("y")])) for a in arrays]
         self.size_px0: tuple[int, int] = sizes[0]
         check_size(self.uri, sizes[0], _bytes(path, math.prod(sizes[0]) // MAX_PIXELS_PER_BYTE + 1))
@@ -89,7 +101,7 @@ class OmeZarrReader(Opened):
             if self._closed:
                 raise ValueError("the slide is closed")
             found = np.asarray(self._arrays[level][tuple(where[axis] for axis in self._axes)])
-        except MemoryError:
+        except (SlideflowError, MemoryError):
             raise
         except Exception as error:  # codecs raise anything; the cause goes into ours
             text = f"{describe(self.uri, level, xy, size)}: {type(error).__name__}: {error}."
@@ -107,10 +119,11 @@ class OmeZarrReader(Opened):
             self._store.close()
 
 
-def _open_store(uri: str, path: Path) -> tuple[Store, str]:
+def _open_store(uri: str, path: Path) -> tuple[Guarded, str]:
     """Return the store of a folder or a zip, and the path of the OME-Zarr's root inside it."""
     if path.is_dir():
-        return LocalStore(path, read_only=True), ""
+        return GuardedFolder(path), ""
+    check_zip(uri, path)
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
@@ -118,16 +131,15 @@ def _open_store(uri: str, path: Path) -> tuple[Store, str]:
         raise TruncatedSlide(
             f"{uri} begins as a zip file, but its directory at the end is missing: {error}."
         ) from error
-    if large := [entry.filename for entry in entries if entry.file_size > MAX_CHUNK_BYTES]:
-        raise BadDimensions(f"{uri}: {large[0]} is larger than {MAX_CHUNK_BYTES:,} bytes.")
+    check_entries(uri, entries)
     names = ("zarr.json", ".zgroup", ".zattrs")
     roots = [e.filename.rpartition("/")[0] for e in entries if e.filename.rpartition("/")[2] in names]
     if not roots:
         raise NotASlide(f"{uri} is a zip file without an OME-Zarr in it.")
-    return ZipStore(path, mode="r"), min(roots, key=len)
+    return GuardedZip(path), min(roots, key=len)
 
 
-def _image_of(uri: str, store: Store, prefix: str) -> tuple[zarr.Group, Mapping[str, Any]]:
+def _image_of(uri: str, store: Guarded, prefix: str) -> tuple[zarr.Group, Mapping[str, Any]]:
     """Return the group of the first image and its multiscale metadata; bioformats2raw's root has it in group 0."""
     for place in (prefix, f"{prefix}/0".lstrip("/")):
         try:
@@ -142,7 +154,9 @@ def _image_of(uri: str, store: Store, prefix: str) -> tuple[zarr.Group, Mapping[
     raise NotASlide(f"{uri} is a Zarr without OME's `multiscales`, so it has no image to read.")
 
 
-def _array(uri: str, group: zarr.Group, name: str, axes: list[str]) -> zarr.Array[Any]:
+def _array(uri: str, group: zarr.Group, name: object, axes: list[str]) -> zarr.Array[Any]:
+    if not isinstance(name, str) or not name.isprintable() or {"", ".", ".."} & set(re.split(r"[/\\\\]", name)):
+        raise NotASlide(f"{uri}: {name!r} is no path below the image's own folder.")
     array = group[name]
     if not isinstance(array, zarr.Array) or array.ndim != len(axes):
         raise NotASlide(f"{uri}: {name} is not an array of {len(axes)} axes.")
@@ -153,9 +167,28 @@ def _array(uri: str, group: zarr.Group, name: str, axes: list[str]) -> zarr.Arra
         )
     if stacks := [f"{shape[axis]} along {axis}" for axis in ("t", "z") if shape.get(axis, 1) != 1]:
         raise NotASlide(f"{uri}: {name} is a stack ({', '.join(stacks)}); one plane would do.")
-    if math.prod(array.chunks) > MAX_CHUNK_BYTES:
+    if strange := _codecs(array) - CODECS:
+        raise NotASlide(f"{uri}: {name} needs {', '.join(sorted(strange))} to be decoded; none of these is used here.")
+    if not min(MIN_CHUNK_BYTES, math.prod(array.shape)) <= math.prod(array.chunks) <= MAX_CHUNK_BYTES:
         raise BadDimensions(f"{uri}: {name} has chunks of {' x '.join(map(str, array.chunks))} pixels.")
     return array
+
+
+def _codecs(array: zarr.Array[Any]) -> set[str]:
+    """Return the names of all codecs between an array's files and its pixels, inside shards too."""
+
+    def names(codecs: Any) -> set[str]:
+        found: set[str] = set()
+        for codec in codecs or ():
+            found.add(str(codec.get("name", codec.get("id"))).removeprefix("numcodecs."))
+            inside = codec.get("configuration")
+            if isinstance(inside, Mapping):
+                found |= names(inside.get("codecs")) | names(inside.get("index_codecs"))
+        return found
+
+    said: Any = array.metadata.to_dict()
+    old = [codec for codec in (said.get("compressor"), *(said.get("filters") or ())) if codec]
+    return names(said.get("codecs")) | names(old)
 
 
 def _scale(image: Mapping[str, Any]) -> tuple[object, object]:

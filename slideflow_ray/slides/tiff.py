@@ -31,11 +31,12 @@ from slideflow_ray.slides.base import (
     pyramid,
     um_of,
 )
+from slideflow_ray.slides.codestream import KNOWN, check_piece
 
 ELSEWHERE = ("is_ndpi", "is_bif", "is_scn", "is_philips")
 """Formats whose geometry tiffslide knows only in part; OpenSlide reads them."""
 
-MAX_SEGMENT_BYTES = 2**28
+MAX_SEGMENT_BYTES = 2**26
 """The largest piece that one read may have to decode."""
 
 RGB, GREY, YCBCR = 2, 1, 6
@@ -116,7 +117,7 @@ class _Page:
         page = level.pages[0]
         frame = page.keyframe
         _check_pixels(frame)
-        self._decode = frame.decode
+        self._decode, self._compression = frame.decode, int(frame.compression)
         self._tables = page.jpegtables
         self._alpha = any(int(extra) in ALPHA for extra in frame.extrasamples[:1])
         w, h = frame.imagewidth, frame.imagelength
@@ -128,9 +129,10 @@ class _Page:
             raise BadDimensions(f"{uri}: a level of {w:,} x {h:,} pixels needs {needed:,} tiles, its table has fewer.")
         if self._tile[0] * self._tile[1] * frame.samplesperpixel > MAX_SEGMENT_BYTES:
             raise Unsupported(f"a level of it is one piece of {self._tile[0]:,} x {self._tile[1]:,} pixels")
-        ends = np.asarray(self._offsets, np.uint64) + np.asarray(self._counts, np.uint64)
-        if ends.size and int(ends.max()) > file_bytes:
-            raise TruncatedSlide(f"{uri} has {file_bytes:,} bytes, but its tiles reach to byte {int(ends.max()):,}.")
+        offsets, counts = np.asarray(self._offsets, np.uint64), np.asarray(self._counts, np.uint64)
+        beyond = np.maximum(offsets, counts) > file_bytes  # before they are added: sums wrap around
+        if beyond.any() or int((offsets + counts).max(initial=0)) > file_bytes:
+            raise TruncatedSlide(f"{uri} has {file_bytes:,} bytes, but its tiles reach beyond them.")
 
     def read_into(self, out: Pixels, xy: tuple[int, int], box: Box, file: int) -> None:
         """Copy the pixels of `box` (level pixels, inside the level) to `out`, whose corner stands at `xy`."""
@@ -153,6 +155,7 @@ class _Page:
         data = os.pread(file, count, offset)
         if len(data) != count:
             raise EOFError(f"native tile {index} has {len(data)} of {count} bytes")
+        check_piece(data, self._compression, self._tile)
         tile: Pixels = self._decode(data, index, jpegtables=self._tables)[0][0]
         if tile.shape[2] == 4:
             return on_white(tile) if self._alpha else np.ascontiguousarray(tile[..., :3])
@@ -185,5 +188,7 @@ def _check_pixels(frame: Any) -> None:
     jpeg = frame.photometric == YCBCR and frame.compression in JPEG_CODECS
     if frame.photometric not in (RGB, GREY) and not jpeg:
         raise Unsupported(f"its colours are stored as {frame.photometric!s}")
+    if int(frame.compression) not in KNOWN:
+        raise Unsupported(f"its compression ({int(frame.compression)}) is not known")
     if frame.compression == APERIO_YCBCR:
         raise Unsupported("its JPEG 2000 tiles hold YCbCr")

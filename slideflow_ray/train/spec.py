@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +21,7 @@ from slideflow_ray.specs import (
     TissueSpec,
     relative_to,
 )
+from slideflow_ray.texts import read_toml
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -296,10 +296,10 @@ def load_train(path: Path) -> dict[str, Any]:
     Raises ConfigError when the file is missing or is not TOML.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = read_toml(path)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no {path}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
     here = path.resolve().parent
     for key in PATHS:
