@@ -24,10 +24,10 @@ import shapely
 from defusedxml import DefusedXmlException, ElementTree
 from shapely.errors import GEOSException
 
-from slideflow_ray import storage
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import AnnotationError
 from slideflow_ray.identity import file_sha256
+from slideflow_ray.remote import at_hand
 from slideflow_ray.specs import LabelSpec, digest
 from slideflow_ray.store import SlideStore
 
@@ -111,8 +111,8 @@ def read_geojson(uri: str) -> tuple[Region, ...]:
 
 
 def _bytes(uri: str) -> bytes:
-    path = storage.local_path(uri)
     try:
+        path = at_hand(uri)
         if path.stat().st_size > MAX_BYTES:
             raise AnnotationError(f"{uri} has {path.stat().st_size:,} bytes; up to {MAX_BYTES:,} are read.")
         return path.read_bytes()
@@ -512,7 +512,7 @@ def _runs(window: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.int64], ...]:
 
 def _sha256(uri: str) -> str:
     try:
-        return file_sha256(storage.local_path(uri))
+        return file_sha256(at_hand(uri))
     except OSError as error:
         raise AnnotationError(f"{uri} cannot be read: {error.strerror or error}.") from error
 
