@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 from obstore.exceptions import GenericError
 from obstore.fsspec import FsspecStore
-from obstore.store import ObjectStore, from_url
+from obstore.store import GCSStore, HTTPStore, ObjectStore, S3Store
 from zarr.storage import ObjectStore as ZarrObjectStore
 
 TRIES = 6
@@ -29,14 +29,20 @@ _RETRY: Any = {
 }
 
 
-@lru_cache(maxsize=64)
-def opened(root: str) -> ObjectStore:
-    """Return the object store of ``s3://bucket``; its requests are repeated with growing pauses, for two minutes.
+@lru_cache(maxsize=256)
+def opened(root: str, prefix: str = "") -> ObjectStore:
+    """Return the object store of ``s3://bucket``, or what lies below a prefix.
 
-    Credentials and endpoint come from the environment (AWS_..., GOOGLE_...), and are written nowhere.
+    Requests are repeated with growing pauses, for two minutes. Credentials and endpoint come from the
+    environment (AWS_..., GOOGLE_...), and are written nowhere.
     """
-    plain: Any = {"client_options": {"allow_http": True}} if root.startswith("http://") else {}
-    return from_url(root, retry_config=_RETRY, **plain)
+    scheme, _, name = root.partition("://")
+    if scheme == "s3":
+        return S3Store(name, prefix=prefix or None, retry_config=_RETRY)
+    if scheme == "gs":
+        return GCSStore(name, prefix=prefix or None, retry_config=_RETRY)
+    plain: Any = {"client_options": {"allow_http": True}} if scheme == "http" else {}
+    return HTTPStore.from_url(root, retry_config=_RETRY, **plain)
 
 
 async def again[T](ask: Callable[[], Awaitable[T]]) -> T:
@@ -69,10 +75,10 @@ class _Files(FsspecStore):
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         return await again(lambda: FsspecStore._cat_file(self, path, start=start, end=end, **kwargs))
 
-    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+    def _open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> Any:
         if mode == "rb":
             return io.BytesIO(self.cat_file(path))
-        return super()._open(path, mode=mode, **kwargs)
+        return super()._open(path, mode, *args, **kwargs)
 
 
 @lru_cache
@@ -96,3 +102,12 @@ class ZarrBucket(ZarrObjectStore[Any]):
     async def exists(self, key: str) -> bool:
         """Return whether a key is there."""
         return await again(lambda: ZarrObjectStore.exists(self, key))
+
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        """Give the names below a prefix."""
+
+        async def names() -> list[str]:
+            return [name async for name in ZarrObjectStore.list_dir(self, prefix)]
+
+        for name in await again(names):
+            yield name

@@ -130,12 +130,10 @@ def zarr_store(root: Path) -> Path | Store:
 
 @lru_cache(maxsize=256)
 def _zarr_store(uri: str) -> Store:
-    from obstore.store import PrefixStore
+    from slideflow_ray.bucket import ZarrBucket, opened
 
-    from slideflow_ray.bucket import ZarrBucket
-
-    store, key = split_uri(uri)
-    return ZarrBucket(PrefixStore(store, key) if key else store)
+    root, _, key = uri.partition("://")[2].partition("/")
+    return ZarrBucket(opened(f"{scheme_of(uri)}://{root}", key))
 
 
 def free_bytes(folder: Path) -> float:

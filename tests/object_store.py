@@ -23,10 +23,12 @@ class Faults:
         self.kinds = ("503", "short", "reset", "429")
         self.counts: dict[str, int] = {}
         self._turn = itertools.count()
-        self.before: Callable[[dict[str, Any]], None] = lambda environ: None
+        self.before: Callable[[dict[str, Any]], str | None] = lambda environ: None  # a status to answer with, or None
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Any:
-        self.before(environ)
+        if status := self.before(environ):
+            start(status, [])
+            return [b""]
         turn = next(self._turn)
         if not self.every or turn % self.every:
             return self.app(environ, start)
