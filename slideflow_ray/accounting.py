@@ -15,6 +15,7 @@ from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError, SlideflowError
 from slideflow_ray.lease import held
 from slideflow_ray.pipeline import Context
+from slideflow_ray.remote import look
 from slideflow_ray.specs import OBJECTS, RunSpec, WholeSpec, digest
 from slideflow_ray.store import folder_name
 from slideflow_ray.texts import safe_row
@@ -111,6 +112,9 @@ def _as_it_was(item: Item, record: dict[str, Any], wanted: str) -> bool:
 def _seen(item: Item) -> list[int] | None:
     """Size and modification time: what tells whether a refused file was replaced."""
     try:
+        if storage.is_remote(item.uri):
+            seen = look(item.uri)
+            return [seen.size, int(seen.identity[:12], 16)]
         stat = storage.local_path(item.uri).stat()
     except (OSError, ConfigError):
         return None

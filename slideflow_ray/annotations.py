@@ -25,10 +25,10 @@ import shapely
 from defusedxml import DefusedXmlException, ElementTree
 from shapely.errors import GEOSException
 
-from slideflow_ray import storage
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import AnnotationError
+from slideflow_ray.errors import AnnotationError, SlideError
 from slideflow_ray.identity import file_sha256
+from slideflow_ray.remote import at_hand
 from slideflow_ray.specs import LabelSpec, digest
 from slideflow_ray.store import SlideStore
 from slideflow_ray.texts import read_bytes
@@ -117,9 +117,10 @@ def read_geojson(uri: str) -> tuple[Region, ...]:
 
 def _bytes(uri: str) -> bytes:
     try:
-        return read_bytes(storage.local_path(uri), MAX_BYTES)
+        return read_bytes(at_hand(uri), MAX_BYTES)
     except ValueError as error:
-        raise AnnotationError(f"{uri} cannot be read: {error}.") from error
+        cause = error.message if isinstance(error, SlideError) else f"{uri} cannot be read: {error}."
+        raise AnnotationError(cause) from error
     except OSError as error:
         raise AnnotationError(f"{uri} cannot be read: {error.strerror or error}.") from error
 
@@ -527,7 +528,7 @@ def _runs(window: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.int64], ...]:
 
 def _sha256(uri: str) -> str:
     try:
-        return file_sha256(storage.local_path(uri))
+        return file_sha256(at_hand(uri))
     except OSError as error:
         raise AnnotationError(f"{uri} cannot be read: {error.strerror or error}.") from error
 

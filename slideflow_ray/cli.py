@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from slideflow_ray.errors import ConfigError, CorruptStore, InfrastructureError, SlideflowError
+from slideflow_ray.storage import place
 
 if TYPE_CHECKING:
     from slideflow_ray.accounting import RunResult
@@ -78,8 +79,13 @@ class DaskName(StrEnum):
     ray = "ray"
 
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
-OutArgument = Annotated[Path, typer.Argument(help="Output folder of a run.")]
+def _place(text: str) -> Path:
+    """A folder, or a place in an object store."""
+    return place(text)
+
+
+Out = Annotated[Path, typer.Option("--out", "-o", parser=_place, metavar="PATH", help="Output folder, or s3://.")]
+OutArgument = Annotated[Path, typer.Argument(parser=_place, metavar="OUT", help="Output folder of a run, or s3://.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -87,9 +93,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 def run(
     context: typer.Context,
     target: Annotated[str | None, typer.Argument(help="run.toml, or one slide.")] = None,
-    cohort: Annotated[Path | None, typer.Option(help="cohort.csv (columns slide_id and uri at least).")] = None,
-    model: Annotated[list[Path] | None, typer.Option("--model", "-m", help="Bundle; may be repeated.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.")] = None,
+    cohort: Annotated[str | None, typer.Option(help="cohort.csv (columns slide_id and uri at least).")] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Bundle; may be repeated.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", parser=_place, metavar="PATH", help="Output folder, or s3://.")
+    ] = None,
     executor: Annotated[ExecutorName, typer.Option(help="inline, or ray.")] = ExecutorName.inline,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else a local Ray.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="0: one for each core or GPU.")] = 0,
@@ -146,12 +154,12 @@ def _toml(path: Path) -> RunSpec:
     return load_run(path)
 
 
-def _spec(cohort: str, model: list[Path] | None, out: Path | None, settings: dict[str, Any]) -> RunSpec:
+def _spec(cohort: str, model: list[str] | None, out: Path | None, settings: dict[str, Any]) -> RunSpec:
     from slideflow_ray.specs import RunSpec
 
     if not model or out is None:
         raise ConfigError("--model and --out are needed.", next_step="slideflow-ray run --help")
-    models = [{"path": str(path.absolute())} for path in model]
+    models = [{"path": str(place(path).absolute())} for path in model]
     values = {"cohort": cohort, "out": str(out.absolute()), "model": models, **settings}
     return RunSpec.parse(values, "options")
 
@@ -173,8 +181,8 @@ def _finish_run(result: RunResult, spec: RunSpec, as_json: bool) -> None:
 
 @app.command()
 def plan(
-    cohort: Annotated[Path, typer.Option(help="cohort.csv.")],
-    model: Annotated[list[Path], typer.Option("--model", "-m", help="Bundle; may be repeated.")],
+    cohort: Annotated[str, typer.Option(help="cohort.csv.")],
+    model: Annotated[list[str], typer.Option("--model", "-m", help="Bundle; may be repeated.")],
     out: Out,
     tiles: Annotated[TilesName, typer.Option(help="Keep raw tiles lossless, or none.")] = TilesName.lossless,
     as_json: Json = False,

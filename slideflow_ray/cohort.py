@@ -6,14 +6,14 @@ import csv
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from slideflow_ray import storage
 from slideflow_ray.errors import CohortError, ConfigError, SplitLeakError
-from slideflow_ray.specs import Modality, Spec, relative_to
+from slideflow_ray.remote import at_hand
+from slideflow_ray.specs import Modality, Spec, folder_of, relative_to
 from slideflow_ray.texts import plain_cell
 from slideflow_ray.uris import check_uri
 
@@ -91,7 +91,7 @@ def read_cohort(path: str | Path, *, check: bool = True) -> tuple[Item, ...]:
     Raises CohortError naming the row and column that cannot be used, SplitLeakError when
     one patient stands in two splits.
     """
-    path = Path(path)
+    named, path = path, at_hand(str(path))
     _check_file(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -105,7 +105,7 @@ def read_cohort(path: str | Path, *, check: bool = True) -> tuple[Item, ...]:
         raise CohortError(f"{path} is not a UTF-8 CSV file: {error}.") from error
     if not rows:
         raise CohortError(f"{path} has no rows.")
-    items = tuple(_item(path, number, row) for number, row in enumerate(rows, start=2))
+    items = tuple(_item(named, number, row) for number, row in enumerate(rows, start=2))
     check_unique(items)
     if check:
         check_splits(items)
@@ -137,12 +137,12 @@ def _check_columns(path: Path, named: Sequence[str]) -> None:
         raise CohortError(f"{path} {' and '.join(what)}; the columns are {', '.join(COLUMNS)}.")
 
 
-def _item(path: Path, number: int, row: Mapping[str | None, object]) -> Item:
+def _item(path: str | Path, number: int, row: Mapping[str | None, object]) -> Item:
     if None in row:
         raise CohortError(f"{path}, line {number}: more cells than columns.")
     cells = {str(key): plain_cell(cell.strip()) for key, cell in row.items() if isinstance(cell, str)}
     values = {key: cell for key, cell in cells.items() if cell}
-    here = path.resolve().parent
+    here = folder_of(path)
     for key in ("uri", "annotation", "mask"):
         if key in values:
             values[key] = relative_to(here, values[key])
@@ -155,7 +155,7 @@ def _item(path: Path, number: int, row: Mapping[str | None, object]) -> Item:
 def single_slide(uri: str, mpp: float | None = None, modality: str = "he") -> tuple[Item, ...]:
     """Return the cohort of one slide given on the command line; its id is the file's stem. Raises ConfigError."""
     uri = relative_to(Path.cwd(), uri)
-    stem = storage.local_path(uri).stem.strip() or "slide"
+    stem = PurePosixPath(uri).stem.strip() or "slide"
     values = {"slide_id": stem, "uri": uri, "mpp": mpp, "modality": modality}
     return (Item.parse(values, f"slide {uri!r}"),)
 

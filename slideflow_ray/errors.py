@@ -102,6 +102,13 @@ class ReadError(SlideError, OSError):
     next_step = "Copy the slide again from its source and run again."
 
 
+class SourceChanged(SlideError, OSError):
+    """A remote object is no longer what it was when its reading began."""
+
+    code = "E_CHANGED"
+    next_step = "Wait until it is written whole, then run again."
+
+
 class TruncatedSlide(SlideError, OSError):
     code = "E_TRUNCATED"
     refused = True

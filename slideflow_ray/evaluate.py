@@ -52,6 +52,7 @@ from slideflow_ray.results import (
     write_evaluation,
 )
 from slideflow_ray.rules import fixes_probability, rule_of, written
+from slideflow_ray.storage import place
 from slideflow_ray.tables import Columns, write_table
 
 
@@ -117,7 +118,7 @@ def evaluate(
     rule_of(rule)
     if slide_score not in get_args(SlideScore):
         raise ConfigError(f"{slide_score!r} is no score of a slide: use {', '.join(get_args(SlideScore))}.")
-    run = read_run(Path(out), names or {}, scheduler, labels)
+    run = read_run(place(out), names or {}, scheduler, labels)
     check_splits(run.items, run.identities)
     with lease(run.out):
         settings = Settings(rule, slide_score, seed, resamples)

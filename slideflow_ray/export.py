@@ -123,7 +123,7 @@ def export(
 
     Raises ConfigError (no run, an unknown slide or model, nothing to export), CorruptStore, SlideError (crops).
     """
-    out = Path(out)
+    out = storage.place(out)
     record = accounting.read_run(out)
     _check_known(record, slides, models)
     writer = WRITERS[to]

@@ -8,6 +8,7 @@ from typing import Any
 
 from slideflow_ray import storage
 from slideflow_ray.errors import ReadError, SlideNotFound
+from slideflow_ray.remote import fetched, look
 
 
 class Identities:
@@ -26,6 +27,8 @@ class Identities:
 
         Raises SlideNotFound, and ReadError when `sha256` is given and is another.
         """
+        if storage.is_remote(uri):
+            return self._remote(uri, sha256)
         path = storage.local_path(uri)
         if not path.exists():
             raise SlideNotFound(f"{uri} does not exist.")
@@ -36,10 +39,20 @@ class Identities:
             known = {"seen": seen, "identity": f"sha256:{_hash(files, path)}"}
             self._known[str(path.absolute())] = known
             self._new = True
-        found = str(known["identity"])
-        if sha256 and found != f"sha256:{sha256.lower()}":
-            raise ReadError(f"{uri} has {found}, the cohort says sha256:{sha256.lower()}.")
-        return found
+        return _checked(uri, str(known["identity"]), sha256)
+
+    def _remote(self, uri: str, sha256: str | None) -> str:
+        """The same of a remote object, by its copy; one whose ETag and size are known is not fetched for it."""
+        now = look(uri)
+        seen = [now.identity, now.size]
+        known = self._known.get(uri)
+        if known is None or known["seen"] != seen:
+            copy = fetched(now)
+            files = sorted(p for p in copy.rglob("*") if p.is_file()) if copy.is_dir() else [copy]
+            known = {"seen": seen, "identity": f"sha256:{_hash(files, copy)}"}
+            self._known[uri] = known
+            self._new = True
+        return _checked(uri, str(known["identity"]), sha256)
 
     def save(self) -> None:
         """Write the note, if anything was hashed."""
@@ -53,11 +66,17 @@ def identity(uri: str, cache: Path | None = None, sha256: str | None = None) -> 
 
     Raises SlideNotFound, ReadError (see `Identities.of`).
     """
-    path = storage.local_path(uri)
-    name = f"{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]}.json"
+    where = uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute())
+    name = f"{hashlib.sha256(where.encode()).hexdigest()[:24]}.json"
     known = Identities(cache / name if cache else None)
     found = known.of(uri, sha256)
     known.save()
+    return found
+
+
+def _checked(uri: str, found: str, sha256: str | None) -> str:
+    if sha256 and found != f"sha256:{sha256.lower()}":
+        raise ReadError(f"{uri} has {found}, the cohort says sha256:{sha256.lower()}.")
     return found
 
 

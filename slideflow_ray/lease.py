@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 
 from slideflow_ray import storage
-from slideflow_ray.errors import LeaseError
+from slideflow_ray.errors import LeaseError, SlideNotFound
+from slideflow_ray.remote import look
 
 EXPIRES_S = 60.0
 BEAT_S = 15.0
@@ -31,12 +32,7 @@ def lease(out: Path) -> Iterator[None]:
     """
     path = out / "lease.json"
     owner = uuid.uuid4().hex
-    record = {"owner": owner, **_process()}
-    with _alone(path):
-        there = storage.read_json(path)
-        if there is not None and _alive(path, there):
-            raise LeaseError(f"{out} is in use by process {there.get('pid')} on {there.get('host')}.")
-        storage.write_atomic(path, storage.to_json(record))
+    _take(path, {"owner": owner, **_process()})
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, owner, stop), daemon=True)
     beat.start()
@@ -51,6 +47,30 @@ def lease(out: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
+def _take(path: Path, record: dict[str, Any]) -> None:
+    """Write the lease, in one step with the look at the one that is there. Raises LeaseError."""
+    with _alone(path):
+        seen = _seen(path)
+        there = storage.read_json(path)
+        if there is not None and _alive(path, there):
+            raise LeaseError(f"{path.parent} is in use by process {there.get('pid')} on {there.get('host')}.")
+        data = storage.to_json(record)
+        if not storage.is_remote(path):
+            storage.write_atomic(path, data)
+        elif not (storage.swap(path, seen, data) if seen else storage.create(path, data)):
+            raise LeaseError(f"{path.parent} was taken by another run at the same moment.")
+
+
+def _seen(path: Path) -> str:
+    """The ETag of a remote lease, "" where there is none (or it is a local file, which has a lock)."""
+    if not storage.is_remote(path):
+        return ""
+    try:
+        return look(str(path)).parts[0].e_tag
+    except SlideNotFound:
+        return ""
+
+
 def held(out: Path) -> bool:
     """Return whether a live run holds the lease of `out`; the lease of a killed run does not count."""
     path = out / "lease.json"
@@ -60,7 +80,13 @@ def held(out: Path) -> bool:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Look at the lease and change it as one step, against others that do the same."""
+    """Look at the lease and change it as one step, against others that do the same.
+
+    An object store has no locks: there the change itself is conditional.
+    """
+    if storage.is_remote(path):
+        yield
+        return
     lock = path.parent / ".cache" / "lease.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
@@ -107,11 +133,21 @@ def _beat(path: Path, owner: str, stop: threading.Event) -> None:
         with contextlib.suppress(FileNotFoundError), _alone(path):
             if (storage.read_json(path) or {}).get("owner") != owner:
                 return
-            os.utime(path)
+            _touch(path)
+
+
+def _touch(path: Path) -> None:
+    """Make the lease young again; writing the same bytes is how an object store does it."""
+    if storage.is_remote(path):
+        storage.write_atomic(path, path.read_bytes())
+    else:
+        os.utime(path)
 
 
 def sweep(out: Path) -> int:
     """Delete the ``*.partial`` files that killed writers left; only the lease's holder may. Return how many."""
+    if storage.is_remote(out):
+        return 0  # a put is whole or is not there
     found = [p for folder in ("slides", "commits") for p in (out / folder).rglob("*.partial") if p.is_file()]
     for path in found:
         path.unlink(missing_ok=True)

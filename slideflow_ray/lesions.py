@@ -464,7 +464,7 @@ def camelyon16(
     names : further names of annotations -> a class of the model. seed : of the forest and the intervals.
     Raises ConfigError (no run), SplitLeakError, AnnotationError, CorruptStore, LeaseError while a run is under way.
     """
-    run = read_run(Path(out), names, scheduler)
+    run = read_run(storage.place(out), names, scheduler)
     check_splits(run.items, run.identities)
     found: list[LesionResult] = []
     notes: list[str] = []

@@ -7,7 +7,6 @@ value; each may be killed anywhere and run again. Pixels leave a slide only thro
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -118,7 +117,7 @@ class Context:
     @property
     def cache(self) -> Path:
         """Where identities are remembered."""
-        return Path(self.out) / ".cache" / "identity"
+        return storage.place(self.out) / ".cache" / "identity"
 
     def model(self, node: str) -> RunModel:
         """Return the model of that node."""
@@ -326,7 +325,7 @@ def _tiles_todo(context: Context, store: SlideStore, node: str, tile: AnyTile, n
     store.create_rows(tiles, (n, tile.tile_px, tile.tile_px, 3), np.uint8, rows, fill=0, sharded=True)
     todo = store.chunks_todo(tiles)
     need = len(todo) * rows * tile.tile_px**2 * 3 * LOSSLESS_SHARE
-    free = shutil.disk_usage(context.out).free
+    free = storage.free_bytes(storage.place(context.out))
     if need > free:
         raise DiskFull(f"{store.slide_id}: the tiles need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free.")
     return todo

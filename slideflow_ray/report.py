@@ -65,7 +65,7 @@ def write_report(out: str | Path, cards: int = CARDS) -> Path:
 
     Raises ConfigError where there is no run, CorruptStore for a damaged table.
     """
-    out = Path(out)
+    out = storage.place(out)
     path = out / "report.html"
     storage.write_atomic(path, render(page(out, cards)).encode())
     return path

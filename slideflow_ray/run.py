@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ def load_models(spec: RunSpec) -> tuple[tuple[ModelSpec, BundleCard, str], ...]:
 
     Raises BundleError for one that is incomplete, ConfigError for two of the same name.
     """
-    found = tuple((model, read_card(Path(model.path)), forward_digest(Path(model.path))) for model in spec.model)
+    found = tuple((model, read_card(model.path), forward_digest(model.path)) for model in spec.model)
     names = Counter((card.name, forward) for _, card, forward in found)
     if twice := [name for (name, _), n in names.items() if n > 1]:
         raise ConfigError(f"The same bundle is named twice: {', '.join(twice)}.")
@@ -185,7 +184,7 @@ def _checked(spec: RunSpec, items: Sequence[Item] | None) -> tuple[tuple[Item, .
     """Whatever can be wrong before anything is started."""
     items = tuple(items) if items is not None else read_cohort(spec.cohort)
     load_models(spec)
-    out = Path(spec.out)
+    out = storage.place(spec.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -196,7 +195,7 @@ def _checked(spec: RunSpec, items: Sequence[Item] | None) -> tuple[tuple[Item, .
 def _work(
     spec: RunSpec, items: Sequence[Item], listen: Listener, before: dict[str, Ended], retry: bool, want: str
 ) -> tuple[Units, Context, bool]:
-    out = Path(spec.out)
+    out = storage.place(spec.out)
     pool = execute.open_pool(spec.executor, spec.compute)
     try:
         profile = fixed_profile(out, spec.compute, pool) if spec.model else None
@@ -232,7 +231,7 @@ def _write_heatmaps(spec: RunSpec, items: Sequence[Item], context: Context, resu
     ended = tuple(failed(e.slide_id, errors[e.slide_id]) if e.slide_id in errors else e for e in result.ended)
     for item, e in zip(items, ended, strict=True):
         if e.slide_id in errors:
-            note_failure(Path(spec.out), item, e, want)
+            note_failure(storage.place(spec.out), item, e, want)
     return replace(result, ended=ended)
 
 
@@ -261,7 +260,7 @@ def plan(spec: RunSpec, items: Sequence[Item] | None = None) -> dict[str, Any]:
         "tiles": sum(slide["tiles"] for slide in slides),
         "todo": sum(slide["todo"] for slide in slides),
         "gigabytes": gigabytes,
-        "free_gigabytes": shutil.disk_usage(out).free / 1e9,
+        "free_gigabytes": storage.free_bytes(out) / 1e9,
     }
 
 

@@ -300,7 +300,7 @@ def load_run(path: Path) -> RunSpec:
         raise ConfigError(f"There is no {path}.") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
-    here = path.resolve().parent
+    here = folder_of(path)
     for key in ("cohort", "out"):
         if isinstance(values.get(key), str):
             values[key] = relative_to(here, values[key])
@@ -312,8 +312,14 @@ def load_run(path: Path) -> RunSpec:
     return RunSpec.parse(values, str(path))
 
 
-def relative_to(folder: Path, uri: str) -> str:
+def folder_of(path: str | Path) -> str:
+    """Return the folder that holds a file: absolute, or the uri's part before its last name."""
+    text = str(path)
+    return text.rpartition("/")[0] if "://" in text else str(Path(text).resolve().parent)
+
+
+def relative_to(folder: str | Path, uri: str) -> str:
     """Return `uri` unchanged if it is absolute or has a scheme, else as a path below `folder`."""
     if "://" in uri or Path(uri).is_absolute():
         return uri
-    return str(folder / uri)
+    return f"{folder}/{uri}" if "://" in str(folder) else str(Path(folder) / uri)

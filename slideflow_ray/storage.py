@@ -1,7 +1,10 @@
-"""Where bytes live: allowed uris, atomic and conditional writes.
+"""Where bytes live: allowed uris, atomic and conditional writes, on disk or in an object store.
 
-Only local paths and ``file://`` are opened for now; other schemes are refused by
-name rather than handed to a library that resolves whatever a string asks for.
+A place is a local path or an object store's uri (``s3://bucket/key``, ``gs://...``). Both
+have the interface of pathlib (universal_pathlib over obstore for the second), and what
+differs between them is in this file: a put is atomic by itself, and `create` is a
+conditional put. Schemes that are not on the list are refused by name rather than handed
+to a library that resolves whatever a string asks for.
 """
 
 from __future__ import annotations
@@ -9,47 +12,175 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
-from slideflow_ray.errors import ConfigError, CorruptStore, DiskFull
+from slideflow_ray.errors import ConfigError, CorruptStore, DiskFull, InfrastructureError
+from slideflow_ray.uris import check_uri
 
-SCHEMES = ("file",)
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+    from zarr.abc.store import Store
+
+SCHEMES = ("file", "s3", "gs")
+"""What uris may begin with; ``https`` (and ``http``) are added by the environment variable ALLOW."""
+ALLOW = "SLIDEFLOW_RAY_ALLOW"
+"""Names the environment variable with further schemes, with a comma between them: ``https``."""
+WEB = ("https", "http")
 
 
-def local_path(uri: str) -> Path:
+def scheme_of(uri: str) -> str:
+    """Return the scheme of a uri, "" for a plain path. Raises ConfigError for one that is not allowed.
+
+    >>> scheme_of("s3://bucket/a.svs"), scheme_of("/data/a.svs")
+    ('s3', '')
+    """
+    if "://" not in uri:
+        return ""
+    scheme = uri.split("://", 1)[0]
+    extra = tuple(name.strip() for name in os.environ.get(ALLOW, "").split(",") if name.strip() in WEB)
+    if scheme not in (*SCHEMES, *extra):
+        asked = f" (set {ALLOW}={scheme} to allow it)" if scheme in WEB else ""
+        raise ConfigError(
+            f"{uri} has the scheme {scheme!r}{asked}; allowed are local paths and "
+            f"{', '.join(f'{name}://' for name in (*SCHEMES, *extra))}."
+        )
+    try:
+        check_uri(uri)
+    except ValueError as error:
+        raise ConfigError(f"{uri.split('@')[-1]} {error}.") from error
+    return scheme
+
+
+def is_remote(place: str | Path) -> bool:
+    """Return whether a uri or a place lies in an object store or on the web. Raises ConfigError (see `scheme_of`)."""
+    return scheme_of(str(place)) not in ("", "file")
+
+
+def local_path(uri: str | Path) -> Path:
     """Return the local path that `uri` names.
 
-    Raises ConfigError for a scheme that is not allowed.
+    Raises ConfigError for a scheme that is not allowed, or is not local.
 
     >>> local_path("file:///data/a%20slide.svs").as_posix()
     '/data/a slide.svs'
     """
-    if "://" not in uri:
+    if isinstance(uri, Path):
+        return uri
+    uri = str(uri)
+    scheme = scheme_of(uri)
+    if not scheme:
         return Path(uri)
+    if scheme != "file":
+        raise ConfigError(f"{uri} is no local file.")
+    return Path(unquote(urlsplit(uri).path))
+
+
+def place(uri: str | Path) -> Path:
+    """Return a path for a local uri, and for an object store's what has the interface of one.
+
+    Raises ConfigError for a scheme that is not allowed, and for results on the web.
+    """
+    if not isinstance(uri, str) or not is_remote(uri):
+        return local_path(uri) if isinstance(uri, str) else uri
+    scheme = scheme_of(uri)
+    if scheme in WEB:
+        raise ConfigError(f"{uri}: nothing can be written to the web.", next_step="Name a folder, s3:// or gs://.")
+    from upath import UPath
+
+    from slideflow_ray import bucket
+
+    bucket.register(scheme)
+    return cast(Path, UPath(uri.rstrip("/")))
+
+
+def split_uri(uri: str) -> tuple[ObjectStore, str]:
+    """Return the object store of a remote uri, and the key in it."""
+    from slideflow_ray.bucket import opened
+
     parts = urlsplit(uri)
-    if parts.scheme not in SCHEMES:
-        raise ConfigError(f"{uri} has the scheme {parts.scheme!r}; allowed are local paths and file://.")
-    return Path(unquote(parts.path))
+    return opened(f"{parts.scheme}://{parts.netloc}"), uri.split("://", 1)[1].partition("/")[2]
+
+
+def zarr_store(root: Path) -> Path | Store:
+    """Return what zarr opens for a place: a local path, or a store over the bucket."""
+    if not is_remote(root):
+        return root
+    return _zarr_store(str(root))
+
+
+@lru_cache(maxsize=256)
+def _zarr_store(uri: str) -> Store:
+    from slideflow_ray.bucket import ZarrBucket, opened
+
+    root, _, key = uri.partition("://")[2].partition("/")
+    return ZarrBucket(opened(f"{scheme_of(uri)}://{root}", key))
+
+
+def free_bytes(folder: Path) -> float:
+    """Return the free bytes where `folder` is; an object store has no end."""
+    return float("inf") if is_remote(folder) else shutil.disk_usage(folder).free
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either its old bytes or all of the new ones."""
+    if is_remote(path):
+        _put(path, data)
+        return
     with _temporary(path, data) as temporary:
         os.replace(temporary, path)
 
 
 def create(path: Path, data: bytes) -> bool:
     """Write `data` if `path` does not exist yet; return whether it was written (conditional put)."""
+    if is_remote(path):
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            _put(path, data, "create")
+        except AlreadyExistsError:
+            return path.read_bytes() == data  # ours after all, where an answer got lost and the put was repeated
+        return True
     with _temporary(path, data) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
             return False
         return True
+
+
+def swap(path: Path, old: str, data: bytes) -> bool:
+    """Replace an object whose ETag is `old`; return False where it has another by now (compare and swap)."""
+    from obstore.exceptions import PreconditionError
+
+    try:
+        _put(path, data, {"e_tag": old})
+    except (PreconditionError, FileNotFoundError):
+        return False
+    return True
+
+
+def _put(path: Path, data: bytes, mode: Any = "overwrite") -> None:
+    import obstore
+    from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+    store, key = split_uri(str(path))
+    try:
+        obstore.put(store, key, data, mode=mode)
+    except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+        raise
+    except BaseError as error:
+        raise InfrastructureError(f"{path} cannot be written: {first_line(error)}.") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, without what may follow of requests and answers."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(". ")
 
 
 @contextlib.contextmanager

@@ -72,8 +72,13 @@ class SlideStore:
 
     def __init__(self, out: str | Path, slide_id: str) -> None:
         self.slide_id = slide_id
-        self.root = Path(out) / "slides" / f"{folder_name(slide_id)}.zarr"
-        self.commits = Path(out) / "commits" / folder_name(slide_id)
+        self.root = storage.place(out) / "slides" / f"{folder_name(slide_id)}.zarr"
+        self.commits = storage.place(out) / "commits" / folder_name(slide_id)
+
+    @property
+    def _zarr(self) -> Any:
+        """What zarr opens: the folder, or a store over the bucket."""
+        return storage.zarr_store(self.root)
 
     # groups and attributes
 
@@ -81,7 +86,7 @@ class SlideStore:
         """Write what the slide is (schema, slide_id, uri, identity, size_px0, mpp0, levels, reader)."""
         wanted = {"schema": SCHEMA, "slide_id": self.slide_id, **attributes}
         try:
-            group = zarr.open_group(self.root, mode="a")
+            group = zarr.open_group(self._zarr, mode="a")
         except ValueError as error:  # what is there is no zarr metadata
             raise CorruptStore(f"{self.root / 'zarr.json'} cannot be read: {error}.") from error
         if dict(group.attrs) != wanted:
@@ -91,7 +96,7 @@ class SlideStore:
     def attrs(self) -> dict[str, Any]:
         """What `describe` wrote. Raises StoreError for a foreign schema or a missing store."""
         try:
-            attributes = dict(zarr.open_group(self.root, mode="r").attrs)
+            attributes = dict(zarr.open_group(self._zarr, mode="r").attrs)
         except FileNotFoundError as error:
             raise StoreError(f"There is no store for {self.slide_id!r} at {self.root}.") from error
         if attributes.get("schema") != SCHEMA:
@@ -100,14 +105,14 @@ class SlideStore:
 
     def make_group(self, node: str, attributes: Mapping[str, Any] | None = None) -> None:
         """Create the group `node` and those above it, with attributes."""
-        group = zarr.open_group(self.root, mode="a").require_group(node)
+        group = zarr.open_group(self._zarr, mode="a").require_group(node)
         if attributes and dict(group.attrs) != dict(attributes):
             group.attrs.put(dict(attributes))
 
     def node_attrs(self, node: str) -> dict[str, Any]:
         """Return the attributes of a group or an array. Raises StoreError, or CorruptStore when it was committed."""
         try:
-            return dict(zarr.open(self.root, path=node, mode="r").attrs)
+            return dict(zarr.open(self._zarr, path=node, mode="r").attrs)
         except FileNotFoundError as error:
             raise self._missing(node) from error
 
@@ -141,7 +146,7 @@ class SlideStore:
             self.make_group(parent)
         whole = (chunk_rows, *shape[1:])
         zarr.create_array(
-            self.root,
+            self._zarr,
             name=node,
             shape=shape,
             dtype=dtype,
@@ -168,7 +173,7 @@ class SlideStore:
         """
         if not self.has(f"{node}/zarr.json"):
             zarr.create_array(
-                self.root,
+                self._zarr,
                 name=node,
                 shape=shape,
                 dtype=np.uint8,
@@ -181,11 +186,11 @@ class SlideStore:
 
     def open_plane(self, node: str) -> AnyZarrArray:
         """Return a plane as an array that is read where it is sliced."""
-        return zarr.open_array(self.root, path=node, mode="r")
+        return zarr.open_array(self._zarr, path=node, mode="r")
 
     def write_block(self, node: str, yx: tuple[int, int], block: Array) -> None:
         """Write one whole shard of a plane, beginning at (y, x)."""
-        array = zarr.open_array(self.root, path=node, mode="r+")
+        array = zarr.open_array(self._zarr, path=node, mode="r+")
         array[yx[0] : yx[0] + block.shape[0], yx[1] : yx[1] + block.shape[1]] = block
 
     def read_plane(self, node: str, yx: tuple[int, int] = (0, 0), size: tuple[int, int] | None = None) -> Array:
@@ -245,7 +250,7 @@ class SlideStore:
         return sorted(str(p.relative_to(self.commits).with_suffix("")) for p in top.rglob("*.json"))
 
     def _open(self, node: str, mode: Any) -> AnyZarrArray:
-        return zarr.open_array(self.root, path=node, mode=mode, config=_CONFIG)
+        return zarr.open_array(self._zarr, path=node, mode=mode, config=_CONFIG)
 
     @staticmethod
     def _rows_of(array: AnyZarrArray) -> int:
@@ -305,8 +310,8 @@ class SlideStore:
 def stores(out: str | Path) -> list[SlideStore]:
     """Return the stores below `out`, by slide_id."""
     found = []
-    for folder in sorted((Path(out) / "slides").glob("*.zarr")):
-        slide_id = zarr.open_group(folder, mode="r").attrs.get("slide_id")
+    for folder in sorted((storage.place(out) / "slides").glob("*.zarr")):
+        slide_id = zarr.open_group(storage.zarr_store(folder), mode="r").attrs.get("slide_id")
         if slide_id is not None:
             found.append(SlideStore(out, str(slide_id)))
     return found
@@ -318,7 +323,7 @@ def verify(out: str | Path) -> tuple[int, list[str]]:
     Commits are what is walked, so a store that is gone altogether is noticed too.
     """
     nodes, wrong = 0, []
-    for folder in sorted(path for path in (Path(out) / "commits").glob("*") if path.is_dir()):
+    for folder in sorted(path for path in (storage.place(out) / "commits").glob("*") if path.is_dir()):
         store = SlideStore(out, folder.name)
         for node in store.nodes(""):
             nodes += 1
@@ -331,7 +336,7 @@ def tree_digest(out: str | Path) -> str:
 
     Left out are run.json, reports and what only this machine needs (lease, cache).
     """
-    out = Path(out)
+    out = storage.place(out)
     roots = [out / "slides", out / "commits"]
     tables = [p for p in out.glob("*") if p.suffix in {".parquet", ".csv"} or p.name in _TABLES]
     files = sorted([p for root in roots for p in root.rglob("*") if p.is_file()] + tables)

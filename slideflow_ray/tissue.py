@@ -130,11 +130,11 @@ def user_mask(uri: str, size_px0: tuple[int, int]) -> TissueMask:
 
     Raises MaskError: no such file, not an image, of another aspect than the slide.
     """
+    from slideflow_ray.remote import at_hand
     from slideflow_ray.slides.image import read_labels
-    from slideflow_ray.storage import local_path
 
     try:
-        found = read_labels(uri, local_path(uri)) > 0
+        found = read_labels(uri, at_hand(uri)) > 0
     except MemoryError:
         raise
     except Exception as error:

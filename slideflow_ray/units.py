@@ -14,6 +14,7 @@ from slideflow_ray.accounting import Ended, failed, failed_before, forget_failur
 from slideflow_ray.cohort import Item
 from slideflow_ray.packs import Pack, Packed, broken_rows, pack_items
 from slideflow_ray.pipeline import Context
+from slideflow_ray.storage import place
 from slideflow_ray.store import SlideStore
 
 
@@ -24,7 +25,7 @@ class Units:
         self, context: Context, items: Sequence[Item], before: Mapping[str, Ended], retry: bool, want: str = ""
     ) -> None:
         self._want = want
-        self._out = Path(context.out)
+        self._out = place(context.out)
         self._items = {item.slide_id: item for item in items}
         self.ended: dict[str, Ended] = dict(before)
         left = [item for item in items if item.slide_id not in before]

@@ -15,7 +15,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     ["errors", "events", "geometry", "specs", "texts", "uris"],
-    ["storage", "identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
+    ["bucket"],
+    ["storage"],
+    ["remote"],
+    ["identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["packs", "planes", "layout", "pipeline"],
     ["execute", "aggregate"],

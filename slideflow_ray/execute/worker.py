@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from slideflow_ray import pipeline, profile
@@ -84,7 +83,7 @@ class ModelScorer:
                 model = next(m for m in self.context.models if m.node == node)
                 if self.context.profile is None:
                     raise ProfileError(f"{model.name} cannot score without a compute profile.")
-                self._loaded[node] = load_scorer(Path(model.spec.path), self.context.profile)
+                self._loaded[node] = load_scorer(model.spec.path, self.context.profile)
             return self._loaded[node]
 
     def score(self, task: Task, pixels: Pixels) -> Done | Failed:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from slideflow_ray.errors import BundleError, ConfigError
+from slideflow_ray.remote import at_hand
 from slideflow_ray.specs import Fraction, Positive, Spec, digest
 from slideflow_ray.texts import read_bytes
 
@@ -236,7 +237,7 @@ def read_card(folder: str | Path) -> BundleCard:
     Raises BundleError when the folder or card is missing, is not JSON, is of another
     schema, or has an unknown or bad key.
     """
-    path = Path(folder) / CARD
+    path = at_hand(str(folder)) / CARD
     return _parse_card(_read_json(path), path)
 
 
@@ -274,7 +275,7 @@ def _parse_card(values: dict[str, Any], path: Path) -> BundleCard:
 
 def weights_path(folder: str | Path) -> Path:
     """Return the path of the weights, or raise BundleError when the file is missing."""
-    path = Path(folder) / WEIGHTS
+    path = at_hand(str(folder)) / WEIGHTS
     if path.is_file():
         return path
     suffixes = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}

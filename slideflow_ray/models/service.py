@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field
 from slideflow_ray import storage
 from slideflow_ray.errors import BundleError, ConfigError, CorruptStore
 from slideflow_ray.models.bundle import CARD, forward_digest, read_card
+from slideflow_ray.remote import look
 from slideflow_ray.specs import Spec, digest
 
 CURRENT = "current.json"
@@ -73,13 +74,13 @@ class Current(Version):
 
 def is_model(folder: str | Path) -> bool:
     """Return whether a folder is a model's (it has current.json, or had versions), not a bundle's."""
-    folder = Path(folder)
+    folder = storage.place(str(folder))
     return (folder / CURRENT).exists() or (not (folder / CARD).exists() and (folder / VERSIONS).is_dir())
 
 
 def read_current(model: str | Path) -> Current | None:
     """Return what is in service, or None where nothing has been promoted. Raises BundleError for a damaged file."""
-    path = Path(model) / CURRENT
+    path = storage.place(str(model)) / CURRENT
     try:
         values = storage.read_json(path)
     except (CorruptStore, OSError) as error:
@@ -102,7 +103,7 @@ def _damaged(path: Path, why: str) -> BundleError:
 def card_digest(bundle: str | Path) -> str:
     """Return the SHA-256 of bundle.json as it lies there, 64 hex digits. Raises BundleError where there is none."""
     try:
-        return hashlib.sha256((Path(bundle) / CARD).read_bytes()).hexdigest()
+        return hashlib.sha256((storage.place(str(bundle)) / CARD).read_bytes()).hexdigest()
     except OSError as error:
         raise BundleError(f"{bundle} has no readable {CARD}: {error}.") from error
 
@@ -129,7 +130,7 @@ def in_service(path: str | Path) -> tuple[Path, Current | None]:
     Raises BundleError where current.json is missing or damaged, and where the version's folder has gone or is not
     the bundle that was promoted.
     """
-    path = Path(path)
+    path = storage.place(str(path))
     if not is_model(path):
         return path, None
     current = read_current(path)
@@ -160,14 +161,27 @@ def replace_current(model: str | Path, new: Current, expected: Current | None) -
 
     Raises ConfigError where somebody else has replaced it meanwhile: one of two promotions at a time is refused.
     """
-    model = Path(model)
-    with _alone(model):
-        if read_current(model) != expected:
-            raise ConfigError(
-                f"{model} was given another version in the meantime.",
-                next_step="Promote again: the candidate is compared with what is in service now.",
-            )
-        storage.write_atomic(model / CURRENT, new.to_json())
+    folder = storage.place(str(model))
+    if storage.is_remote(folder):
+        written = _swapped(folder / CURRENT, new, expected)
+    else:
+        with _alone(folder):
+            written = read_current(folder) == expected
+            if written:
+                storage.write_atomic(folder / CURRENT, new.to_json())
+    if not written:
+        raise ConfigError(
+            f"{model} was given another version in the meantime.",
+            next_step="Promote again: the candidate is compared with what is in service now.",
+        )
+
+
+def _swapped(path: Path, new: Current, expected: Current | None) -> bool:
+    """Compare and swap by a conditional put; return whether it was done."""
+    if expected is None:
+        return storage.create(path, new.to_json())
+    e_tag = look(str(path)).parts[0].e_tag  # before the content: what changes after this look fails the put
+    return read_current(path.parent) == expected and storage.swap(path, e_tag, new.to_json())
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slideflow_ray.errors import NotASlide, SlideError
+from slideflow_ray.remote import at_hand
 from slideflow_ray.slides.base import SlideReader, check_file
 from slideflow_ray.slides.tiles import read_tiles
-from slideflow_ray.storage import local_path
 
 __all__ = ["SlideReader", "is_dicom", "is_zarr", "open_slide", "read_tiles"]
 
@@ -32,13 +32,13 @@ ZARR_METADATA = ("zarr.json", ".zgroup", ".zattrs")
 
 
 def open_slide(uri: str, *, mpp: float | None = None, modality: str | None = None) -> SlideReader:
-    """Open a slide from a path or a file:// uri.
+    """Open a slide from a path or a uri (file://, s3://, gs://; of a remote one the copy in the cache).
 
     `mpp`, um per pixel of level 0, overrides what the file says; `modality` says which
     scales are credible. Raises ConfigError (another scheme), SlideNotFound, NotASlide,
     TruncatedSlide, BadDimensions, NoMpp and BadMpp.
     """
-    path = local_path(uri)
+    path = at_hand(uri)
     causes, cause = [], None
     for name, opener in _openers(path):
         try:

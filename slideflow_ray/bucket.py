@@ -1,0 +1,113 @@
+"""A bucket as fsspec and zarr see it, which asks again where an answer breaks off.
+
+obstore repeats requests that fail (503, 429, a connection that is reset); an answer whose
+body ends too early it hands on as an error. Reading is idempotent, so it is done again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+from obstore.exceptions import GenericError
+from obstore.fsspec import FsspecStore
+from obstore.store import GCSStore, HTTPStore, ObjectStore, S3Store
+from zarr.storage import ObjectStore as ZarrObjectStore
+
+TRIES = 6
+PAUSE_S = 0.1
+
+_RETRY: Any = {
+    "max_retries": 8,
+    "retry_timeout": timedelta(seconds=120),
+    "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=15), "base": 2},
+}
+
+
+@lru_cache(maxsize=256)
+def opened(root: str, prefix: str = "") -> ObjectStore:
+    """Return the object store of ``s3://bucket``, or what lies below a prefix.
+
+    Requests are repeated with growing pauses, for two minutes. Credentials and endpoint come from the
+    environment (AWS_..., GOOGLE_...), and are written nowhere.
+    """
+    scheme, _, name = root.partition("://")
+    if scheme == "s3":
+        return S3Store(name, prefix=prefix or None, retry_config=_RETRY)
+    if scheme == "gs":
+        return GCSStore(name, prefix=prefix or None, retry_config=_RETRY)
+    plain: Any = {"client_options": {"allow_http": True}} if scheme == "http" else {}
+    return HTTPStore.from_url(root, retry_config=_RETRY, **plain)
+
+
+async def again[T](ask: Callable[[], Awaitable[T]]) -> T:
+    """Return what `ask` gives, asking again with growing pauses where an answer breaks off."""
+    for attempt in range(TRIES):
+        try:
+            return await ask()
+        except GenericError:
+            if attempt == TRIES - 1:
+                raise
+            await asyncio.sleep(PAUSE_S * 2**attempt)
+    raise AssertionError
+
+
+class _Files(FsspecStore):
+    """fsspec's view; an object is read in one piece, as our files are at most a shard."""
+
+    asynchronous = False
+
+    def _construct_store(self, bucket: str) -> Any:
+        return opened(f"{self.protocol}://{bucket}")
+
+    async def _info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        return await again(lambda: FsspecStore._info(self, path, **kwargs))
+
+    async def _ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        ls: Any = FsspecStore._ls
+        return await again(lambda: ls(self, path, detail=detail, **kwargs))
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        return await again(lambda: FsspecStore._cat_file(self, path, start=start, end=end, **kwargs))
+
+    def _open(self, path: str, mode: str = "rb", *args: Any, **kwargs: Any) -> Any:
+        if mode == "rb":
+            return io.BytesIO(self.cat_file(path))
+        return super()._open(path, mode, *args, **kwargs)
+
+
+@lru_cache
+def register(scheme: str) -> None:
+    """Make fsspec (and so universal_pathlib) open a scheme by us, in this process."""
+    made = type(f"Bucket_{scheme}", (_Files,), {"protocol": scheme})
+    fsspec.register_implementation(scheme, made, clobber=True)
+
+
+class ZarrBucket(ZarrObjectStore[Any]):
+    """zarr's view."""
+
+    async def get(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a key's bytes, or None."""
+        return await again(lambda: ZarrObjectStore.get(self, *args, **kwargs))
+
+    async def get_partial_values(self, *args: Any, **kwargs: Any) -> Any:
+        """Return parts of keys' bytes."""
+        return await again(lambda: ZarrObjectStore.get_partial_values(self, *args, **kwargs))
+
+    async def exists(self, key: str) -> bool:
+        """Return whether a key is there."""
+        return await again(lambda: ZarrObjectStore.exists(self, key))
+
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        """Give the names below a prefix."""
+
+        async def names() -> list[str]:
+            return [name async for name in ZarrObjectStore.list_dir(self, prefix)]
+
+        for name in await again(names):
+            yield name

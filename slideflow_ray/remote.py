@@ -1,0 +1,255 @@
+"""Slides, masks, annotations and bundles that lie in an object store or on the web: a copy on this machine.
+
+Libraries that decode slides want files, so a remote object is fetched once to a cache of
+bounded size that the processes of one machine share, and read there at the speed of a disk.
+What was fetched is what was asked for: the request names the ETag that was seen first, so
+an object that changes while it is read is an error, as is one of another length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from slideflow_ray import storage
+from slideflow_ray.errors import DiskFull, ReadError, SlideNotFound, SourceChanged
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+CACHE = "SLIDEFLOW_RAY_CACHE"
+"""Names the environment variable with the cache's folder; default: one of this user's below the temporary folder."""
+CACHE_GB = "SLIDEFLOW_RAY_CACHE_GB"
+"""Names the environment variable with the cache's bound; default: 100, and never the last tenth of the disk."""
+MAX_PARTS = 200_000
+"""The most objects below one uri: a slide in many files, or an OME-Zarr."""
+TRIES = 4
+"""How often a download that breaks off is begun again; single requests are repeated by obstore besides."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One object as it was seen: its key, length in bytes and ETag."""
+
+    key: str
+    size: int
+    e_tag: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a remote uri names: one object, or the objects below it."""
+
+    uri: str
+    parts: tuple[Part, ...]
+    single: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes over all parts."""
+        return sum(part.size for part in self.parts)
+
+    @property
+    def identity(self) -> str:
+        """ETags and sizes as one text, which tells whether anything changed without reading it again."""
+        lines = "".join(f"{part.e_tag} {part.size} {part.key}\n" for part in self.parts)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def look(uri: str) -> Seen:
+    """Return what a remote uri names now. Raises SlideNotFound, ReadError (no access, or no answer in two minutes)."""
+    store, key = storage.split_uri(uri)
+    with _speaking_of(uri):
+        try:
+            return Seen(uri, (_part(_head(store, key)),), True)
+        except FileNotFoundError:
+            if storage.scheme_of(uri) in storage.WEB:
+                raise SlideNotFound(f"{uri} does not exist.") from None
+        parts = _listed(uri, store, key)
+    if not parts:
+        raise SlideNotFound(f"{uri} does not exist.")
+    return Seen(uri, tuple(sorted(parts, key=lambda part: part.key)), False)
+
+
+def _listed(uri: str, store: ObjectStore, key: str) -> list[Part]:
+    """The objects below a key; a listing that breaks off is begun again."""
+    import obstore
+    from obstore.exceptions import GenericError
+
+    for attempt in range(1, TRIES + 1):
+        try:
+            parts: list[Part] = []
+            for batch in obstore.list(store, prefix=key.rstrip("/") + "/"):
+                parts += [_part(about) for about in batch]
+                if len(parts) > MAX_PARTS:
+                    raise ReadError(f"{uri} holds more than {MAX_PARTS:,} objects.")
+            return parts
+        except GenericError:
+            if attempt == TRIES:
+                raise
+    raise AssertionError
+
+
+def _head(store: ObjectStore, key: str) -> Any:
+    import obstore
+
+    return obstore.head(store, key)
+
+
+def _part(about: Any) -> Part:
+    return Part(about["path"], int(about["size"]), about["e_tag"] or "")
+
+
+def at_hand(uri: str | Path) -> Path:
+    """Return a local path with what `uri` names: itself where it is local, else its copy in the cache.
+
+    Raises SlideNotFound, ReadError, SourceChanged, DiskFull.
+    """
+    if not storage.is_remote(uri):
+        return storage.local_path(uri) if isinstance(uri, str) else uri
+    return fetched(look(str(uri)))
+
+
+def fetched(seen: Seen) -> Path:
+    """Return the path of the copy of what was seen, fetching it first if it is not in the cache."""
+    cache = cache_folder()
+    name = hashlib.sha256(f"{seen.uri}\n{seen.identity}".encode()).hexdigest()[:24]
+    entry = cache / name
+    goal = entry / (PurePosixPath(seen.uri.rstrip("/")).name or "object")
+    with _alone(cache / f"{name}.lock"):
+        if goal.exists():
+            os.utime(entry)
+            return goal
+        _make_room(cache, seen)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as scratch:
+            new = Path(scratch) / "new"
+            for part in seen.parts:
+                _download(seen, part, new / goal.name if seen.single else new / goal.name / _below(seen, part))
+            os.replace(new, entry)
+    return goal
+
+
+def _below(seen: Seen, part: Part) -> str:
+    """The part's path below the uri, made only of names that stay below it. Raises ReadError."""
+    _, key = storage.split_uri(seen.uri)
+    names = part.key[len(key.rstrip("/")) + 1 :].split("/")
+    if any(name in ("", ".", "..") for name in names):
+        raise ReadError(f"{seen.uri} holds an object named {part.key!r}.")
+    return "/".join(names)
+
+
+def _download(seen: Seen, part: Part, path: Path) -> None:
+    """Fetch one object; a transfer that breaks off is begun again. Raises SourceChanged, ReadError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, TRIES + 1):
+        try:
+            with _speaking_of(seen.uri):
+                _stream(seen, part, path)
+            return
+        except SourceChanged:
+            raise
+        except ReadError:
+            if attempt == TRIES:
+                raise
+
+
+def _stream(seen: Seen, part: Part, path: Path) -> None:
+    import obstore
+
+    store, _ = storage.split_uri(seen.uri)
+    options: Any = {"if_match": part.e_tag} if part.e_tag else {}
+    got = obstore.get(store, part.key, options=options)
+    length = 0
+    with path.open("wb") as file:
+        for piece in got.stream(min_chunk_size=8 * 2**20):
+            length += len(piece)
+            file.write(piece)
+    if length != part.size:
+        raise ReadError(f"{seen.uri}: {part.key} has {part.size:,} bytes and {length:,} came.")
+
+
+@contextlib.contextmanager
+def _speaking_of(uri: str) -> Iterator[None]:
+    """Name the uri, and not the request with its headers, in what an object store complains of."""
+    from obstore.exceptions import BaseError, PreconditionError
+
+    try:
+        yield
+    except PreconditionError as error:
+        raise SourceChanged(f"{uri} changed while it was read.") from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise DiskFull(f"No space left while fetching {uri}.") from error
+        raise ReadError(f"{uri} cannot be fetched: {storage.first_line(error)}.") from error
+    except BaseError as error:
+        raise ReadError(f"{uri} cannot be fetched: {storage.first_line(error)}.") from error
+
+
+# the cache
+
+
+def cache_folder() -> Path:
+    """Return the folder of this machine's copies, made if need be, readable by this user only."""
+    named = os.environ.get(CACHE)
+    folder = Path(named) if named else Path(tempfile.gettempdir()) / f"slideflow-ray-{getpass.getuser()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _bound(cache: Path) -> float:
+    disk = shutil.disk_usage(cache)
+    return min(float(os.environ.get(CACHE_GB, "100")) * 1e9, _held(cache) + disk.free - disk.total / 10)
+
+
+def _held(cache: Path) -> int:
+    return sum(size for _, size, _ in _entries(cache))
+
+
+def _entries(cache: Path) -> list[tuple[float, int, Path]]:
+    """Return when each copy was last asked for, its bytes and its folder, the oldest first."""
+    found = []
+    for entry in cache.iterdir():
+        if entry.is_dir() and not entry.name.startswith("."):
+            with contextlib.suppress(FileNotFoundError):
+                size = sum(path.stat().st_size for path in entry.rglob("*") if path.is_file())
+                found.append((entry.stat().st_mtime, size, entry))
+    return sorted(found)
+
+
+def _make_room(cache: Path, seen: Seen) -> None:
+    """Delete the copies that were not asked for longest until this one fits. Raises DiskFull.
+
+    A copy that a process has open is read to its end all the same, as files are.
+    """
+    with _alone(cache / "room.lock"):
+        bound = _bound(cache)
+        if seen.size > bound:
+            raise DiskFull(
+                f"{seen.uri} has {seen.size / 1e9:.2f} GB; the cache {cache} may hold {max(bound, 0) / 1e9:.2f} GB.",
+                next_step=f"Set {CACHE} to a folder on a larger disk, or {CACHE_GB} to more.",
+            )
+        held = _held(cache)
+        for _, size, entry in _entries(cache):
+            if held + seen.size <= bound:
+                break
+            shutil.rmtree(entry, ignore_errors=True)
+            held -= size
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time, on this machine."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

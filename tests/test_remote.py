@@ -1,0 +1,234 @@
+"""Slides and results in an object store: the same answers as on disk, whatever the network does."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from object_store import BUCKET, Faults, object_store
+
+from slideflow_ray import bucket, storage
+from slideflow_ray.errors import ConfigError, DiskFull, LeaseError, ReadError, SlideNotFound, SourceChanged
+from slideflow_ray.identity import identity
+from slideflow_ray.lease import held, lease
+from slideflow_ray.remote import at_hand, cache_folder, fetched, look
+from slideflow_ray.run import run
+from slideflow_ray.slides import open_slide
+from slideflow_ray.specs import RunSpec
+from slideflow_ray.store import stores, verify
+
+SECRET = "wJalrXUtnFEMI-SECRET"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with object_store() as (url, faults):
+        yield url, faults
+
+
+@pytest.fixture
+def faults(server, monkeypatch, tmp_path) -> Faults:
+    url, found = server
+    for name, value in {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": "us-east-1",
+        "AWS_ALLOW_HTTP": "true",
+        "SLIDEFLOW_RAY_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    bucket.opened.cache_clear()
+    storage._zarr_store.cache_clear()
+    found.every, found.counts, found.before = 0, {}, lambda environ: None
+    yield found
+    found.every, found.before = 0, lambda environ: None
+
+
+def uploaded(folder: Path, name: str) -> str:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            storage.write_atomic(
+                storage.place(f"s3://{BUCKET}/{name}/{path.relative_to(folder).as_posix()}"), path.read_bytes()
+            )
+    return f"s3://{BUCKET}/{name}"
+
+
+def arrays(out: str) -> dict[str, bytes]:
+    """Every array of a run by slide and node, as dtype, shape and bytes."""
+    found = {}
+    for store in stores(out):
+        group = zarr.open_group(storage.zarr_store(store.root), mode="r")
+        for name, member in group.members(max_depth=None):
+            if isinstance(member, zarr.Array):
+                values = np.asarray(member[...])
+                found[f"{store.slide_id}/{name}"] = f"{values.dtype} {values.shape}".encode() + values.tobytes()
+    return found
+
+
+def run_of(cohort: str, bundle: str, out: str) -> dict[str, int]:
+    values = {"cohort": cohort, "out": out, "model": [{"path": bundle}], "executor": {"workers": 2}}
+    return run(RunSpec.parse(values, "test")).counts
+
+
+def test_slides_and_results_in_an_object_store_are_those_on_disk(faults, marked, bundles, tmp_path):
+    here = run_of(str(marked / "with_a_bad_one.csv"), str(bundles["aligned"]), str(tmp_path / "out"))
+    cohort = uploaded(marked, "slides")
+    bundle = uploaded(bundles["aligned"], "bundles/aligned")
+    faults.every = 9
+    out = f"s3://{BUCKET}/results/night 1"
+    there = run_of(f"{cohort}/with_a_bad_one.csv", bundle, out)
+    assert here == there == {"done": 3, "failed": 0, "refused": 1}
+    assert sum(faults.counts.values()) > 40
+    assert {"503", "reset", "429", "short"} <= set(faults.counts)
+    local, remote = arrays(str(tmp_path / "out")), arrays(out)
+    assert sorted(local) == sorted(remote)
+    assert [name for name in local if local[name] != remote[name]] == []
+    assert verify(out)[1] == []
+    again = run(RunSpec.parse(json.loads((storage.place(out) / "run.json").read_text())["spec"], "test"))
+    assert not again.changed
+    everything = b"".join(path.read_bytes() for path in storage.place(out).rglob("*") if path.is_file())
+    assert SECRET.encode() not in everything
+
+
+def test_an_object_that_changes_while_it_is_read_is_an_error(faults):
+    place = storage.place(f"s3://{BUCKET}/changing/slide.tif")
+    storage.write_atomic(place, b"old" * 1000)
+    seen = look(str(place))
+    storage.write_atomic(place, b"new" * 1000)
+    with pytest.raises(SourceChanged, match="changed while it was read"):
+        fetched(seen)
+    assert at_hand(str(place)).read_bytes() == b"new" * 1000
+
+
+def test_what_is_known_is_not_fetched_again(faults):
+    place = storage.place(f"s3://{BUCKET}/known/slide.tif")
+    storage.write_atomic(place, b"x" * 5000)
+    asked = []
+    faults.before = lambda environ: asked.append(environ["REQUEST_METHOD"])
+    first = at_hand(str(place))
+    assert asked.count("GET") == 1
+    assert at_hand(str(place)) == first
+    assert asked.count("GET") == 1
+    assert first.name == "slide.tif"  # siblings and suffixes matter to libraries
+
+
+def test_identities_of_remote_files_are_remembered_by_etag_and_size(faults, tmp_path):
+    place = storage.place(f"s3://{BUCKET}/identity/slide.tif")
+    storage.write_atomic(place, b"x" * 5000)
+    wanted = f"sha256:{hashlib.sha256(b'x' * 5000).hexdigest()}"
+    assert identity(str(place), tmp_path / "notes") == wanted
+    shutil.rmtree(cache_folder())
+    asked = []
+    faults.before = lambda environ: asked.append(environ["REQUEST_METHOD"])
+    assert identity(str(place), tmp_path / "notes") == wanted
+    assert "GET" not in asked
+    with pytest.raises(ReadError, match="the cohort says"):
+        identity(str(place), tmp_path / "notes", "0" * 64)
+
+
+def test_the_cache_is_bounded_and_keeps_what_was_asked_for_last(faults, monkeypatch):
+    monkeypatch.setenv("SLIDEFLOW_RAY_CACHE_GB", "0.000012")
+    uris = [f"s3://{BUCKET}/bounded/{name}.tif" for name in "abc"]
+    for uri in uris:
+        storage.write_atomic(storage.place(uri), uri.encode() * 200)
+    a, b = at_hand(uris[0]), at_hand(uris[1])
+    os.utime(a.parent, (1, 1))
+    at_hand(uris[0])  # asked for again: b is the older one
+    os.utime(b.parent, (2, 2))
+    c = at_hand(uris[2])
+    assert a.exists()
+    assert c.exists()
+    assert not b.exists()
+    storage.write_atomic(storage.place(uris[0]), b"x" * 13_000)
+    with pytest.raises(DiskFull, match="SLIDEFLOW_RAY_CACHE"):
+        at_hand(uris[0])
+
+
+def test_what_is_not_there_or_not_open_to_us_is_said_without_secrets(faults):
+    with pytest.raises(SlideNotFound, match="does not exist"):
+        at_hand(f"s3://{BUCKET}/none.tif")
+    faults.before = lambda environ: "403 Forbidden"
+    with pytest.raises(ReadError, match="cannot be fetched") as error:
+        at_hand(f"s3://{BUCKET}/closed.tif")
+    assert SECRET not in str(error.value)
+
+
+def test_two_runs_on_one_folder_in_a_bucket_keep_out_of_each_other_s_way(faults):
+    out = storage.place(f"s3://{BUCKET}/leased")
+    with lease(out):
+        assert held(out)
+        with pytest.raises(LeaseError, match="in use by process"), lease(out):
+            pass
+    assert not held(out)
+
+
+def test_a_stale_lease_is_taken_over_by_one_of_two(faults):
+    out = storage.place(f"s3://{BUCKET}/stale")
+    storage.write_atomic(out / "lease.json", storage.to_json({"owner": "dead", "host": "gone", "pid": 1}))
+    e_tag = look(str(out / "lease.json")).parts[0].e_tag
+    assert storage.swap(out / "lease.json", e_tag, b"{}")
+    assert not storage.swap(out / "lease.json", e_tag, b"{ }")
+    assert (out / "lease.json").read_bytes() == b"{}"
+
+
+def test_created_once_even_if_the_answer_got_lost(faults):
+    path = storage.place(f"s3://{BUCKET}/once.json")
+    assert storage.create(path, b"1")
+    assert storage.create(path, b"1")  # the same bytes: ours, as far as anybody can tell
+    assert not storage.create(path, b"2")
+    assert path.read_bytes() == b"1"
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("simplecache::s3://bucket/a", "scheme 'simplecache::s3'"),
+        ("ftp://host/a", "scheme 'ftp'"),
+        ("https://host/a", "SLIDEFLOW_RAY_ALLOW=https"),
+        ("s3://key:secret@bucket/a", "credentials"),
+    ],
+)
+def test_other_schemes_chains_and_credentials_are_refused(uri, why):
+    with pytest.raises(ConfigError, match=why) as error:
+        at_hand(uri)
+    assert "key:secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "[fe80::1]"])
+def test_link_local_addresses_are_refused(monkeypatch, host):
+    monkeypatch.setenv("SLIDEFLOW_RAY_ALLOW", "http,https")
+    with pytest.raises(ConfigError, match="link-local"):
+        at_hand(f"http://{host}/latest/meta-data")
+
+
+def test_a_slide_on_the_web_where_that_is_allowed(monkeypatch, marked, tmp_path):
+    monkeypatch.setenv("SLIDEFLOW_RAY_ALLOW", "http")
+    monkeypatch.setenv("SLIDEFLOW_RAY_CACHE", str(tmp_path / "cache"))
+    handler = functools.partial(Quiet, directory=str(marked))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        with open_slide(f"http://127.0.0.1:{server.server_port}/a.tif", modality="tem") as reader:
+            assert reader.size_px0 == (701, 1203)
+        with pytest.raises(SlideNotFound):
+            at_hand(f"http://127.0.0.1:{server.server_port}/none.tif")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args) -> None:
+        pass
