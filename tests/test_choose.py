@@ -86,7 +86,7 @@ def test_a_search_keeps_the_best_of_the_grid_and_is_not_made_twice(
     assert result.best.val.loss == pytest.approx(best.loss, abs=1e-6)  # the same training once more
     record = json.loads((tmp_path / "found" / "training.json").read_text())
     assert [c["lr"] for c in record["choice"]["candidates"]] == [1e-6, 3e-3]
-    assert record["settings"]["lr"] == best.settings["lr"]
+    assert record["settings"]["fit"]["lr"] == best.settings["lr"]
     monkeypatch.setattr(choose_module, "_tuned", lambda *_: pytest.fail("it searched again"))
     assert not search(job, SEARCH)[0].changed
 
