@@ -21,6 +21,7 @@ LAYERS = [
     ["execute", "aggregate"],
     [
         "accounting",
+        "repair",
         "graph",
         "units",
         "run",
