@@ -31,6 +31,8 @@ from slideflow_ray.profile import ComputeProfile, resolve
 from slideflow_ray.specs import ComputeSpec, ExecutorSpec
 
 MAX_STARTS_PER_READER = 8
+START_S = 300.0
+"""How long a reader may take to start before it counts as hung; its task's deadline begins then."""
 TICK_S = 1.0
 """How often the readers are looked at."""
 _SPAWN = multiprocessing.get_context("spawn")
@@ -51,7 +53,7 @@ class ReaderProcess:
         self.process.start()
         theirs.close()
         self.task: Task | None = None
-        self.used = False
+        self.used = self.ready = False
         self.cause = ""
         self._at_work_s = self._stopped_s = 0.0
 
@@ -68,14 +70,22 @@ class ReaderProcess:
         self._stopped_s = self._stopped_s + passed_s if stopped else 0.0
         if silence_s and self._stopped_s > silence_s:
             self.cause = f"it was stopped for {silence_s:g} s"
-        elif task and deadline_s and self._at_work_s > deadline_s:
+        elif task and not self.ready and self._at_work_s > START_S:
+            self.cause = f"it had not started after {START_S:g} s"
+        elif task and self.ready and deadline_s and self._at_work_s > deadline_s:
             self.cause = f"the {task.stage} of {task.slide_id} had not ended after {deadline_s:g} s"
         if self.cause:
             self.process.kill()
 
-    def take(self) -> tuple[Task, Done | Failed | Pixels]:
-        """Receive what became of the task. Raises EOFError or OSError when the process is dead."""
+    def take(self) -> tuple[Task, Done | Failed | Pixels] | None:
+        """Receive what became of the task, None where the process says that it has started.
+
+        Raises EOFError or OSError when it is dead.
+        """
         answer = self.pipe.recv()
+        if answer is None:
+            self.ready, self._at_work_s = True, 0.0
+            return None
         task, self.task = self.task, None
         if task is None:
             raise InfrastructureError("A reader answered without a task.")
@@ -99,6 +109,8 @@ def _serve(pipe: Connection, context: Context) -> None:
     """Answer tasks until the other end closes; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     reader = Reader(context)
+    with contextlib.suppress(BrokenPipeError, OSError):
+        pipe.send(None)
     while True:
         try:
             task: Task = pipe.recv()
@@ -225,9 +237,12 @@ class InlinePool:
     def _answer(self, index: int) -> list[Outcome]:
         reader = self._readers[index]
         try:
-            task, answer = reader.take()
+            taken = reader.take()
         except (EOFError, OSError):
             return [self._replace(index)]
+        if taken is None:
+            return []
+        task, answer = taken
         self._starts = self.workers  # only deaths in a row are counted against it
         if isinstance(answer, Done | Failed):
             return [answer]
