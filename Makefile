@@ -4,7 +4,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/uv/bin/uv)
 BIN := .venv/bin
 PYTHON ?= python3
 
-.PHONY: setup demo test accept lint bench format lock wheel clean
+.PHONY: setup demo test accept soak lint bench format lock wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make demo    phantom slides -> training -> scores -> report (five minutes at most)"
 	@echo "make test    the tests"
 	@echo "make accept  the figures that are promised, at full size (minutes); they go to accept/"
+	@echo "make soak    every fault of the table, and runs that are killed at random instants (for the night)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   what is claimed about speed, files and memory (ten minutes)"
 
@@ -33,6 +34,11 @@ test: setup
 
 accept: setup
 	$(BIN)/python -m pytest tests/accept -q -s
+
+soak: setup
+	$(BIN)/python -m pytest -m soak tests/test_faults.py
+	$(BIN)/python benchmarks/soak.py --kills 200
+	$(BIN)/python benchmarks/soak.py --kills 20 --executor ray
 
 lint: setup
 	$(BIN)/ruff check .

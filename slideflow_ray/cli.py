@@ -222,19 +222,43 @@ def verify(
     digest: Annotated[bool, typer.Option("--digest", help="Print one hash over stores, commits and tables.")] = False,
 ) -> None:
     """Compare everything committed with what is on disk; exit code 5 when anything differs."""
-    from slideflow_ray.accounting import read_run
+    from slideflow_ray.repair import verify as verify_
     from slideflow_ray.store import tree_digest
-    from slideflow_ray.store import verify as verify_
 
-    read_run(out)
     nodes, wrong = verify_(out)
     for line in wrong:
         typer.echo(line, err=True)
     if wrong:
-        raise CorruptStore(f"{len(wrong)} of the committed keys in {out} are not what was committed.")
+        said = f"{len(wrong)} of what was committed in {out} is not as it was."
+        raise CorruptStore(said, next_step=f"Run `slideflow-ray repair {out}`: only what is broken is done anew.")
     typer.echo(f"{nodes} nodes are as committed", err=digest)
     if digest:
         typer.echo(tree_digest(out))
+
+
+@app.command()
+def repair(
+    out: OutArgument,
+    run: Annotated[bool, typer.Option("--run", help="Then run again as run.json says, so that all is whole.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take away what `verify` names, chunk by chunk and node by node; the same run makes it anew, and nothing else."""
+    from slideflow_ray.progress import to_stderr
+    from slideflow_ray.repair import repair as repair_
+    from slideflow_ray.run import run as run_
+    from slideflow_ray.run import settings_of
+
+    settings = settings_of(out) if run else None
+    found = repair_(out)
+    for line in found.wrong:
+        typer.echo(line, err=True)
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "wrong": found.wrong, "units": found.units}), err=run)
+    else:
+        again = f"; run the same command again, or `slideflow-ray repair {out} --run`" if found.units else ""
+        typer.echo(f"{len(found.units)} units to be done anew{'' if run else again}", err=run)
+    if settings is not None:
+        _finish_run(run_(*settings, listen=to_stderr()), settings[0], as_json)
 
 
 @app.command()

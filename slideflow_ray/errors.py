@@ -160,7 +160,7 @@ class StoreError(SlideflowError, RuntimeError):
 
 class CorruptStore(StoreError):
     code = "E_CHECKSUM"
-    next_step = "The bytes changed after they were written: delete the named node and its commit, then run again."
+    next_step = "The bytes changed after they were written: run `slideflow-ray repair OUT`, then the same run again."
 
 
 class InfrastructureError(SlideflowError, RuntimeError):
@@ -203,8 +203,15 @@ def as_slideflow_error(error: BaseException, about: str) -> SlideflowError:
     if isinstance(error, SlideflowError):
         return error
     text = f"{about}: {type(error).__name__}: {error}".rstrip(". ") + "."
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return OutOfMemory(text)
     if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
         return DiskFull(text)
     return UnexpectedError(text)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that a GPU's memory, or the host's, is used up; no torch is loaded to learn that."""
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

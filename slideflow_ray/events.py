@@ -82,6 +82,15 @@ class WorkerDied:
 
 
 @dataclass(frozen=True)
+class TriedAgain:
+    """A task of a slide failed in a way that a fresh worker may not: it is tried again there, alone and unchanged."""
+
+    slide_id: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
 class EpochTrained:
     """An epoch of a training is over; `epoch` counts from 1, `val_loss` and `val_auc` are None without validation."""
 
@@ -117,6 +126,7 @@ Event = (
     | SlideDone
     | SlideFailed
     | WorkerDied
+    | TriedAgain
     | EpochTrained
     | Noted
     | RunFinished

@@ -8,8 +8,17 @@ from typing import Any
 
 from slideflow_ray.accounting import Ended, failed
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import Quarantined, SlideflowError, UnexpectedError
-from slideflow_ray.events import ChunkScored, Listener, SlideDone, SlideFailed, SlidePlanned, WorkerDied, silent
+from slideflow_ray.errors import OutOfMemory, Quarantined, SlideflowError, UnexpectedError
+from slideflow_ray.events import (
+    ChunkScored,
+    Listener,
+    SlideDone,
+    SlideFailed,
+    SlidePlanned,
+    TriedAgain,
+    WorkerDied,
+    silent,
+)
 from slideflow_ray.execute import Done, Failed, Lost, Outcome, Span, Task
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import SlidePlan
@@ -45,6 +54,7 @@ class RunGraph:
         self._flight = 0
         self._planning = 0
         self._deaths: Counter[str] = Counter()
+        self._starved: set[tuple[Any, ...]] = set()
         self._derived: set[str] = set()
         self.changed = False
 
@@ -80,7 +90,7 @@ class RunGraph:
             self._lost(outcome)
         elif outcome.task.slide_id not in self.ended:  # a failed slide's other chunks may still come in
             if isinstance(outcome, Failed):
-                self._fail(outcome.task.slide_id, outcome.error)
+                self._failed(outcome)
             else:
                 self._done(outcome)
 
@@ -128,6 +138,17 @@ class RunGraph:
         if self._left[slide_id] == 0:
             self._again.append(Task("derive", slide_id, self._plans[slide_id]))
 
+    def _failed(self, outcome: Failed) -> None:
+        """End the slide; what found no memory is tried once more, alone on a fresh worker, with the same geometry."""
+        task, error = outcome.task, outcome.error
+        key = (task.stage, task.slide_id, getattr(task.payload, "grid", ""), getattr(task.payload, "index", -1))
+        if not isinstance(error, OutOfMemory) or key in self._starved:
+            self._fail(task.slide_id, error)
+            return
+        self._starved.add(key)
+        self._listen(TriedAgain(task.slide_id, error.code, error.message))
+        self._again.append(Task(task.stage, task.slide_id, task.payload, alone=True, fresh=True))
+
     def _fail(self, slide_id: str, error: SlideflowError) -> None:
         self._end(failed(slide_id, error))
 
@@ -155,7 +176,7 @@ class RunGraph:
             self._deaths[task.slide_id] += alone
             if self._deaths[task.slide_id] >= DEATHS_ALONE:
                 cause = f"{task.slide_id} killed its worker {DEATHS_ALONE} times while alone in it ({lost.cause})."
-                self._fail(task.slide_id, Quarantined(cause))
+                self._fail(task.slide_id, OutOfMemory(cause) if lost.memory else Quarantined(cause))
             else:
                 self._again.append(Task(task.stage, task.slide_id, task.payload, alone=True))
 

@@ -25,7 +25,7 @@ BEAT_S = 15.0
 
 @contextlib.contextmanager
 def lease(out: Path) -> Iterator[None]:
-    """Hold ``<out>/lease.json`` while the block runs; sweep half-written files of a run that died.
+    """Hold ``<out>/lease.json`` while the block runs; sweep half-written files of those that died.
 
     The lease of a process that is known to be gone, or that was silent for a minute where
     that cannot be known, is taken over. Raises LeaseError while another run holds it.
@@ -39,6 +39,7 @@ def lease(out: Path) -> Iterator[None]:
     try:
         sweep(out)
         yield
+        sweep(out)  # of workers that died in this run
     finally:
         stop.set()
         beat.join()

@@ -292,7 +292,8 @@ def _plan_grid(
     for model in models:
         for i in _model_todo(store, node, model, n, rows):
             missing.setdefault(i, []).append(model.node)
-    for i in [*_tiles_todo(context, store, node, tile, n, rows), *_focus_todo(store, node, tile, n, rows)]:
+    kept = _tiles_todo(context, store, node, tile, n, rows)
+    for i in [*kept, *_focus_todo(store, node, tile, n, rows), *_outcomes_todo(store, node, tile, n, rows)]:
         missing.setdefault(i, [])
     todo = tuple(
         Chunk(item, node, tile, i, min(rows, n - i * rows), tuple(users)) for i, users in sorted(missing.items())
@@ -316,6 +317,12 @@ def _focus_todo(store: SlideStore, grid: str, tile: AnyTile, n: int, rows: int) 
         return []
     store.create_rows(f"focus/{grid}", (n,), np.float32, rows, fill=float("nan"))
     return store.chunks_todo(f"focus/{grid}")
+
+
+def _outcomes_todo(store: SlideStore, grid: str, tile: AnyTile, n: int, rows: int) -> list[int]:
+    if not isinstance(tile, WholeSpec) or store.committed(f"outcomes/{grid}"):
+        return []
+    return [i for i in range(-(-n // rows)) if not store.has(f"outcomes/{grid}/{i}.json")]
 
 
 def _tiles_todo(context: Context, store: SlideStore, node: str, tile: AnyTile, n: int, rows: int) -> list[int]:
@@ -365,7 +372,8 @@ def read_chunk(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
     """
     store = SlideStore(context.out, chunk.item.slide_id)
     node = f"grids/{chunk.grid}/tiles"
-    if store.has_chunk(node, chunk.index, ndim=4):
+    told = not isinstance(chunk.tile, WholeSpec) or store.has(f"outcomes/{chunk.grid}/{chunk.index}.json")
+    if told and store.has_chunk(node, chunk.index, ndim=4):
         pixels = store.read(node, chunk.index)
     else:
         read = _read_images if isinstance(chunk.item, Pack) else _read_boxes

@@ -19,6 +19,7 @@ from slideflow_ray.events import (
     SlideDone,
     SlideFailed,
     SlidePlanned,
+    TriedAgain,
     VersionChosen,
     WorkerDied,
 )
@@ -61,7 +62,7 @@ class RunProgress:
                 self.say(f"{event.slide_id} {word}: {event.code} {event.message.splitlines()[0]}")
             case WorkerDied():
                 self.say(f"{event.worker} died ({event.cause}); its tasks are tried again: {', '.join(event.slides)}")
-            case EpochTrained() | VersionChosen() | Noted():
+            case EpochTrained() | VersionChosen() | Noted() | TriedAgain():
                 self.say(_line(event))
             case RunFinished():
                 self._finish(event)
@@ -108,9 +109,11 @@ class RunProgress:
         return text
 
 
-def _line(event: EpochTrained | VersionChosen | Noted) -> str:
+def _line(event: EpochTrained | VersionChosen | Noted | TriedAgain) -> str:
     if isinstance(event, Noted):
         return event.text
+    if isinstance(event, TriedAgain):
+        return f"{event.slide_id}: {event.code} {event.message.splitlines()[0]} Tried again alone on a fresh worker."
     if isinstance(event, VersionChosen):
         return f"{event.model}: version {event.digest}, in service since {event.since}"
     line = f"epoch {event.epoch} of {event.epochs}: train loss {event.train_loss:.4f}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slideflow_ray import execute, storage
-from slideflow_ray.accounting import Ended, RunResult, failed, note_failure, refused_before, write_run
+from slideflow_ray.accounting import Ended, RunResult, failed, note_failure, read_run, refused_before, write_run
 from slideflow_ray.cohort import Item, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import Listener, RunFinished, RunStarted, VersionChosen, silent
@@ -178,6 +178,13 @@ def run(
         write_run(out, spec, items, context, result)
     listen(RunFinished(**result.counts, seconds=result.seconds))
     return result
+
+
+def settings_of(out: Path) -> tuple[RunSpec, tuple[Item, ...]]:
+    """Return what the last run in `out` was told, and its cohort. Raises ConfigError, CorruptStore."""
+    record = read_run(out)
+    spec = RunSpec.parse({**record["spec"], "out": str(out)}, str(out / "run.json"))
+    return spec, tuple(Item.model_validate(item) for item in record["items"])
 
 
 def _checked(spec: RunSpec, items: Sequence[Item] | None) -> tuple[tuple[Item, ...], Path]:

@@ -202,6 +202,9 @@ class ExecutorSpec(Spec):
 
     `models`: all of them on each GPU ("together"), or each on GPUs of its own where they do not fit
     together ("apart"); a chunk is read once either way.
+    task_deadline_s : a plan, a read or a derivation that takes longer counts as hung: its worker is replaced and the
+    task tried again, alone. Scoring has no deadline. silence_s : a worker that is stopped, or does not answer,
+    for so long is replaced. 0 is for ever.
     """
 
     kind: Literal["inline", "ray"] = "inline"
@@ -209,6 +212,8 @@ class ExecutorSpec(Spec):
     workers: Annotated[int, Field(ge=0)] = 0
     readers_per_gpu: Annotated[int, Field(ge=1)] = 4
     models: Literal["together", "apart"] = "together"
+    task_deadline_s: Annotated[float, Field(ge=0)] = 1800.0
+    silence_s: Annotated[float, Field(ge=0)] = 120.0
 
 
 class LabelSpec(Spec):

@@ -42,6 +42,9 @@ _CONFIG: ArrayConfigParams = {"write_empty_chunks": True, "read_missing_chunks":
 _COMPRESSORS = (ZstdCodec(level=1), Crc32cCodec())
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
+OUTCOMES = ("done", "no_tissue", "no_objects")
+REPAIR = "Run `slideflow-ray repair OUT`, then the same run again: what is broken is done anew, and nothing else."
+
 Array = npt.NDArray[Any]
 AnyZarrArray = zarr.Array[Any]
 
@@ -65,6 +68,16 @@ class Commit:
     node: str
     outcome: str
     keys: Mapping[str, tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is not as it was committed: one `key` of a `node`, or with key "" the commit itself; `text` says how."""
+
+    store: SlideStore
+    node: str
+    key: str
+    text: str
 
 
 class SlideStore:
@@ -121,7 +134,7 @@ class SlideStore:
         if any(self._commit_path(part).exists() for part in above):
             return CorruptStore(
                 f"{self.slide_id}: {node} is committed and is gone.",
-                next_step=f"Delete {self.commits} and {self.root}, then run again: the slide is done anew.",
+                next_step=REPAIR,
             )
         return StoreError(f"{self.slide_id}: there is no node {node}.")
 
@@ -261,8 +274,7 @@ class SlideStore:
     def commit(self, node: str, outcome: str = "done") -> Commit:
         """Record that `node` is complete: every key below it with its length and checksum. Created once, last."""
         made = Commit(node, outcome, dict(self._keys(node)))
-        record = {"schema": SCHEMA, "node": node, "outcome": outcome, "keys": made.keys}
-        if not storage.create(self._commit_path(node), storage.to_json(record)):
+        if not storage.create(self._commit_path(node), _record(made)):
             there = self.committed(node)
             if there != made:
                 raise CorruptStore(f"{self.slide_id}: {node} is committed with other bytes.")
@@ -270,33 +282,100 @@ class SlideStore:
 
     def committed(self, node: str) -> Commit | None:
         """Return the commit of `node`, or None while it is not complete."""
-        record = storage.read_json(self._commit_path(node))
+        path = self._commit_path(node)
+        record = storage.read_json(path)
         if record is None:
             return None
-        keys = {key: (int(length), str(sha)) for key, (length, sha) in record["keys"].items()}
-        return Commit(record["node"], record["outcome"], keys)
+        try:
+            keys = {key: (int(length), str(sha)) for key, (length, sha) in record["keys"].items()}
+            found = Commit(record["node"], record["outcome"], keys)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptStore(f"{path} is not the commit that was written: {error!r}.") from error
+        if found.node != node or found.outcome not in OUTCOMES:
+            raise CorruptStore(f"{path} is not the commit that was written.")
+        return found
+
+    def has_commit(self, node: str) -> bool:
+        """Return whether there is a commit of `node`, readable or not."""
+        return self._commit_path(node).exists()
 
     def verify(self, node: str) -> list[str]:
         """Return what differs from the commit of `node`, one sentence each; nothing when all is well."""
+        return [damage.text for damage in self.damage(node)]
+
+    def damage(self, node: str) -> list[Damage]:
+        """Return what differs from the commit of `node`: keys lost, changed or foreign; or the commit itself."""
         try:
             commit = self.committed(node)
         except CorruptStore as error:
-            return [error.message]
+            return [Damage(self, node, "", error.message)]
         if commit is None:
-            return [f"{self.slide_id}: {node} is not committed."]
-        wrong = []
-        for key, (length, sha) in sorted(commit.keys.items()):
-            path = self.root / key
-            if not path.exists():
-                wrong.append(f"{self.slide_id}: {key} is lost.")
-            elif path.stat().st_size != length or file_sha256(path) != sha:
-                wrong.append(f"{self.slide_id}: {key} has other bytes than were committed.")
-        return wrong
+            return [Damage(self, node, "", f"{self.slide_id}: {node} is not committed.")]
+        if self._commit_path(node).read_bytes() != _record(commit):
+            return [Damage(self, node, "", f"{self._commit_path(node)} has other bytes than were written.")]
+        found = {key: self._wrong(key, *of) for key, of in commit.keys.items()}
+        found |= dict.fromkeys(self._paths(node) - set(commit.keys), "is in a committed node, and not in its commit")
+        return [Damage(self, node, k, f"{self.slide_id}: {k} {why}.") for k, why in sorted(found.items()) if why]
+
+    def _wrong(self, key: str, length: int, sha: str) -> str:
+        path = self.root / key
+        if not path.exists():
+            return "is lost"
+        same = path.stat().st_size == length and file_sha256(path) == sha
+        return "" if same else "has other bytes than were committed"
+
+    def discard(self, node: str, key: str = "") -> None:
+        """Take the commit of `node` back, and delete that key of it, without `key` all that it holds."""
+        self._commit_path(node).unlink(missing_ok=True)
+        for path in [self.root / (key or name) for name in ([key] if key else self._paths(node))]:
+            path.unlink(missing_ok=True)
+
+    def restore_groups(self) -> list[str]:
+        """Write anew the metadata of the groups above committed nodes that are gone or broken; return their keys.
+
+        They hold nothing but that they are groups, so no commit names them; what the slide is (the root) the
+        next run writes.
+        """
+        broken = self.broken_groups()
+        for key in broken:
+            (self.root / key).unlink(missing_ok=True)
+        zarr.open_group(self._zarr, mode="a")
+        for key in broken:
+            if group := key.rpartition("/")[0]:
+                self.make_group(group)
+        return broken
+
+    def broken_groups(self) -> list[str]:
+        """Return the keys of group metadata above nodes that are gone or not what was written, sorted."""
+        there = [path.relative_to(self.root).parts[:-2] for path in self.root.rglob("zarr.json") if path.is_file()]
+        nodes = [*there, *(tuple(node.split("/")[:-1]) for node in self.nodes(""))]
+        above = {parts[:n] for parts in nodes for n in range(len(parts) + 1) if n <= _groups_above(parts)}
+        keys = ("/".join([*parts, "zarr.json"]) for parts in above)
+        return sorted(key for key in keys if not self._is_group(key))
+
+    def _is_group(self, key: str) -> bool:
+        """Whether a group's metadata are: those of the root name the slide, those of others nothing."""
+        try:
+            found = storage.read_json(self.root / key) or {}
+            attributes = found.pop("attributes")
+        except (CorruptStore, KeyError, AttributeError, TypeError):
+            return False
+        if found != {"zarr_format": 3, "node_type": "group"}:
+            return False
+        if key != "zarr.json":
+            return bool(attributes == {})
+        named = isinstance(attributes, dict) and attributes.get("schema") == SCHEMA
+        return named and folder_name(str(attributes.get("slide_id"))) == self.commits.name
 
     def _keys(self, node: str) -> Iterator[tuple[str, tuple[int, str]]]:
-        for path in sorted((self.root / node).rglob("*")):
-            if path.is_file() and not path.name.endswith(".partial") and not self._is_other_node(node, path):
-                yield path.relative_to(self.root).as_posix(), (path.stat().st_size, file_sha256(path))
+        for key in sorted(self._paths(node)):
+            yield key, ((self.root / key).stat().st_size, file_sha256(self.root / key))
+
+    def _paths(self, node: str) -> set[str]:
+        """The keys of a node that are there."""
+        found = [path for path in (self.root / node).rglob("*") if path.is_file()]
+        mine = (p for p in found if not p.name.endswith(".partial") and not self._is_other_node(node, p))
+        return {path.relative_to(self.root).as_posix() for path in mine}
 
     def _is_other_node(self, node: str, path: Path) -> bool:
         """A grid's tiles are a node of their own, with a commit of their own."""
@@ -317,18 +396,42 @@ def stores(out: str | Path) -> list[SlideStore]:
     return found
 
 
-def verify(out: str | Path) -> tuple[int, list[str]]:
+def _groups_above(parts: tuple[str, ...]) -> int:
+    """How many plain groups stand above a node: kind and grid; of a grid and what has no grid only the kind."""
+    if not parts or parts[0] == "outcomes":  # which are no zarr
+        return 0
+    return 1 if parts[0] in ("grids", "items", "tissue") else 2
+
+
+def _record(commit: Commit) -> bytes:
+    """What a commit's file holds: the same bytes for the same commit."""
+    return storage.to_json({"schema": SCHEMA, "node": commit.node, "outcome": commit.outcome, "keys": commit.keys})
+
+
+def committed_stores(out: str | Path) -> list[SlideStore]:
+    """Return the stores of which something is committed below `out`, also where they themselves are gone."""
+    return [SlideStore(out, path.name) for path in sorted((storage.place(out) / "commits").glob("*")) if path.is_dir()]
+
+
+def damages(out: str | Path) -> tuple[int, list[Damage]]:
     """Compare every committed node below `out` with the disk; return how many nodes, and what is wrong.
 
     Commits are what is walked, so a store that is gone altogether is noticed too.
     """
-    nodes, wrong = 0, []
-    for folder in sorted(path for path in (storage.place(out) / "commits").glob("*") if path.is_dir()):
-        store = SlideStore(out, folder.name)
+    nodes, found = 0, []
+    for store in committed_stores(out):
         for node in store.nodes(""):
             nodes += 1
-            wrong += store.verify(node)
-    return nodes, wrong
+            found += store.damage(node)
+        for key in store.broken_groups():
+            found.append(Damage(store, "", key, f"{store.slide_id}: {key} is not the group that was written."))
+    return nodes, found
+
+
+def verify(out: str | Path) -> tuple[int, list[str]]:
+    """Return how many nodes below `out` are committed, and one sentence for each key that is not as it was."""
+    nodes, found = damages(out)
+    return nodes, [damage.text for damage in found]
 
 
 def tree_digest(out: str | Path) -> str:

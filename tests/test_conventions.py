@@ -24,6 +24,7 @@ LAYERS = [
     ["execute", "aggregate"],
     [
         "accounting",
+        "repair",
         "graph",
         "units",
         "run",

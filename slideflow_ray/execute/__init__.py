@@ -19,12 +19,16 @@ Stage = Literal["plan", "chunk", "derive"]
 
 @dataclass(frozen=True)
 class Task:
-    """One call of a stage on one slide. `alone`: nothing else may be in flight on its worker."""
+    """One call of a stage on one slide.
+
+    `alone`: nothing else may be in flight on its worker, and its memory is limited. `fresh`: the worker must be new.
+    """
 
     stage: Stage
     slide_id: str
     payload: Any
     alone: bool = False
+    fresh: bool = False
 
     @property
     def loads_models(self) -> bool:
@@ -60,11 +64,12 @@ class Failed:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker died with these tasks in flight; `alone` when it held nothing else."""
+    """A worker died with these tasks in flight; `memory` where it is known that it had taken too much of it."""
 
     worker: str
     tasks: tuple[Task, ...]
     cause: str
+    memory: bool = False
 
 
 Outcome = Done | Failed | Lost
@@ -103,7 +108,7 @@ class Pool(Protocol):
         """Take a task; it ends in exactly one outcome."""
 
     def wait(self) -> list[Outcome]:
-        """Return the outcomes that have come in, waiting for at least one."""
+        """Return the outcomes that have come in, waiting a while for one."""
 
     def close(self) -> None:
         """Stop the workers."""

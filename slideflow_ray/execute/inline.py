@@ -7,15 +7,21 @@ bytes as one, faster than one scorer with as many torch threads.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import signal
 import threading
+import time
 from collections import deque
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
+import psutil
+
+from slideflow_ray import storage
 from slideflow_ray.errors import InfrastructureError
 from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
 from slideflow_ray.execute.worker import ModelScorer, Reader
@@ -24,6 +30,10 @@ from slideflow_ray.profile import ComputeProfile, resolve
 from slideflow_ray.specs import ComputeSpec, ExecutorSpec
 
 MAX_STARTS_PER_READER = 8
+START_S = 300.0
+"""How long a reader may take to start before it counts as hung; its task's deadline begins then."""
+TICK_S = 1.0
+"""How often the readers are looked at."""
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -42,31 +52,64 @@ class ReaderProcess:
         self.process.start()
         theirs.close()
         self.task: Task | None = None
+        self.used = self.ready = False
+        self.cause = ""
+        self._at_work_s = self._stopped_s = 0.0
 
     def give(self, task: Task) -> None:
         """Send a task; the process must be idle. Raises OSError when it is dead."""
+        self._at_work_s = 0.0
         self.pipe.send(task)
-        self.task = task
+        self.task, self.used = task, True
 
-    def take(self) -> tuple[Task, Done | Failed | Pixels]:
-        """Receive what became of the task. Raises EOFError or OSError when the process is dead."""
+    def look(self, passed_s: float, deadline_s: float, silence_s: float) -> None:
+        """Kill the process when its task is overdue, or when it was stopped for too long; `passed_s` since the last."""
+        task, stopped = self.task, _is_stopped(self.process)
+        self._at_work_s = self._at_work_s + passed_s if task else 0.0
+        self._stopped_s = self._stopped_s + passed_s if stopped else 0.0
+        if silence_s and self._stopped_s > silence_s:
+            self.cause = f"it was stopped for {silence_s:g} s"
+        elif task and not self.ready and self._at_work_s > START_S:
+            self.cause = f"it had not started after {START_S:g} s"
+        elif task and self.ready and deadline_s and self._at_work_s > deadline_s:
+            self.cause = f"the {task.stage} of {task.slide_id} had not ended after {deadline_s:g} s"
+        if self.cause:
+            self.process.kill()
+
+    def take(self) -> tuple[Task, Done | Failed | Pixels] | None:
+        """Receive what became of the task, None where the process says that it has started.
+
+        Raises EOFError or OSError when it is dead.
+        """
         answer = self.pipe.recv()
+        if answer is None:
+            self.ready, self._at_work_s = True, 0.0
+            return None
         task, self.task = self.task, None
         if task is None:
             raise InfrastructureError("A reader answered without a task.")
         return task, answer
 
     def stop(self) -> None:
-        """End the process now."""
+        """End the process now, also one that is stopped."""
         self.pipe.close()
-        self.process.terminate()
+        self.process.kill()
         self.process.join(timeout=5)
+
+
+def _is_stopped(process: SpawnProcess) -> bool:
+    try:
+        return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        return False
 
 
 def _serve(pipe: Connection, context: Context) -> None:
     """Answer tasks until the other end closes; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     reader = Reader(context)
+    with contextlib.suppress(BrokenPipeError, OSError):
+        pipe.send(None)
     while True:
         try:
             task: Task = pipe.recv()
@@ -84,15 +127,21 @@ class InlinePool:
 
     def __init__(self, spec: ExecutorSpec) -> None:
         self.workers = spec.workers or cores()
+        self._spec = spec
         self._readers: list[ReaderProcess] = []
         self._starts = 0
+        self._last_cause = ""
         self._waiting: deque[Task] = deque()
         self._to_score: queue.SimpleQueue[tuple[Task, Pixels] | None] = queue.SimpleQueue()
+        self._read: deque[tuple[Task, Pixels]] = deque()
+        self._given: list[Task] = []
         self._scoring = 0
         self._scored: queue.SimpleQueue[Done | Failed] = queue.SimpleQueue()
         self._wake_r, self._wake_w = _SPAWN.Pipe(duplex=False)
         self._threads: list[threading.Thread] = []
         self._context: Context | None = None
+        self._closing = threading.Event()
+        self._watch = threading.Thread(target=self._look, daemon=True)
 
     def profile(self, compute: ComputeSpec) -> ComputeProfile:
         """Return this machine's compute profile."""
@@ -102,10 +151,22 @@ class InlinePool:
         """Start the readers; the models are loaded when the first chunk comes, so a run with nothing to do is quick."""
         self._context = context
         self._readers = [self._start_reader() for _ in range(self.workers)]
+        self._watch.start()
+
+    def _look(self) -> None:
+        """Look after the readers; time in which this process itself was stopped does not count against them."""
+        deadline_s, silence_s = self._spec.task_deadline_s, self._spec.silence_s
+        last = time.monotonic()
+        while not self._closing.wait(TICK_S):
+            now = time.monotonic()
+            for reader in list(self._readers):
+                reader.look(min(now - last, 2 * TICK_S), deadline_s, silence_s)
+            last = now
 
     def _start_scorers(self, context: Context) -> None:
         scorer = ModelScorer(context)
-        scorer.load()
+        with _loading(context):
+            scorer.load()
         self._threads = [threading.Thread(target=self._score_all, args=(scorer,), daemon=True) for _ in self._readers]
         for thread in self._threads:
             thread.start()
@@ -113,7 +174,8 @@ class InlinePool:
     def _start_reader(self) -> ReaderProcess:
         self._starts += 1
         if self._starts > MAX_STARTS_PER_READER * self.workers:
-            raise InfrastructureError(f"Reader processes died {self._starts - self.workers} times; giving up.")
+            died = self._starts - self.workers
+            raise InfrastructureError(f"Reader processes died {died} times ({self._last_cause}); giving up.")
         if self._context is None:
             raise InfrastructureError("The pool is not loaded.")
         return ReaderProcess(self._context)
@@ -121,7 +183,7 @@ class InlinePool:
     def _score_all(self, scorer: ModelScorer) -> None:
         scorer.pin()
         while (work := self._to_score.get()) is not None:
-            self._scored.put(scorer.score(*work))
+            self._scored.put(scorer.score_anew(*work) if work[0].fresh else scorer.score(*work))
             self._wake_w.send_bytes(b"x")
 
     @property
@@ -140,6 +202,9 @@ class InlinePool:
     def _dispatch(self) -> None:
         for index, reader in enumerate(self._readers):
             while reader.task is None and self._waiting and self._scoring <= 2 * self.workers:
+                if self._waiting[0].fresh and reader.used:
+                    self._replace(index)
+                    reader = self._readers[index]
                 try:
                     reader.give(self._waiting[0])
                     self._waiting.popleft()
@@ -159,7 +224,10 @@ class InlinePool:
                 if pipe is self._wake_r:
                     self._wake_r.recv_bytes()
                     self._scoring -= 1
-                    outcomes.append(self._scored.get())
+                    outcome = self._scored.get()
+                    self._given.remove(outcome.task)
+                    outcomes.append(outcome)
+                    self._feed()
                 else:
                     outcomes += self._answer(next(i for i, r in enumerate(self._readers) if r.pipe is pipe))
         self._dispatch()
@@ -168,27 +236,44 @@ class InlinePool:
     def _answer(self, index: int) -> list[Outcome]:
         reader = self._readers[index]
         try:
-            task, answer = reader.take()
+            taken = reader.take()
         except (EOFError, OSError):
             return [self._replace(index)]
+        if taken is None:
+            return []
+        task, answer = taken
         self._starts = self.workers  # only deaths in a row are counted against it
         if isinstance(answer, Done | Failed):
             return [answer]
         self._scoring += 1
-        self._to_score.put((task, answer))
+        self._read.append((task, answer))
+        self._feed()
         return []
+
+    def _feed(self) -> None:
+        """Give the scorers what is read; a task that wants fresh models waits until nothing else is scored."""
+        while self._read and not any(task.fresh for task in self._given):
+            if self._read[0][0].fresh and self._given:
+                return
+            task, pixels = self._read.popleft()
+            self._given.append(task)
+            self._to_score.put((task, pixels))
 
     def _replace(self, index: int) -> Lost:
         reader = self._readers[index]
+        if reader.task is None:
+            reader.process.kill()
         reader.process.join(timeout=5)
-        cause = f"exit code {reader.process.exitcode}"
+        cause = reader.cause or _how(reader.process.exitcode or 0)
         lost = Lost(f"reader {reader.process.pid}", (reader.task,) if reader.task else (), cause)
         reader.stop()
+        self._last_cause = cause
         self._readers[index] = self._start_reader()
         return lost
 
     def close(self) -> None:
         """End readers and scorers; chunks already given to a scorer are finished first."""
+        self._closing.set()
         for _ in self._threads:
             self._to_score.put(None)
         for reader in self._readers:
@@ -197,3 +282,43 @@ class InlinePool:
             thread.join(timeout=60)
         self._wake_r.close()
         self._wake_w.close()
+
+
+# loading
+
+
+@contextlib.contextmanager
+def _loading(context: Context) -> Iterator[None]:
+    """Load models in this process, unless one died of that before: then they are loaded by a child first.
+
+    Raises InfrastructureError when the child dies too.
+    """
+    note = storage.place(context.out) / ".cache" / "loading.json"
+    if storage.read_json(note) is not None:
+        trial = _SPAWN.Process(target=_try_loading, args=(context,), daemon=True)
+        trial.start()
+        trial.join()
+        if trial.exitcode:
+            names = ", ".join(f"{model.name} ({model.spec.path})" for model in context.models)
+            raise InfrastructureError(
+                f"Loading {names} killed its process, now and in the run before: {_how(trial.exitcode)}.",
+                next_step="Look at the bundle and at the memory of the machine; the next run tries a child first too.",
+            )
+    storage.write_atomic(note, storage.to_json([model.name for model in context.models]))
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def _try_loading(context: Context) -> None:
+    with contextlib.suppress(Exception):  # an error is the parent's to meet; here only death counts
+        ModelScorer(context).load()
+
+
+def _how(exitcode: int) -> str:
+    """Say how a process ended; the kernel ends one that takes too much memory by SIGKILL."""
+    if exitcode >= 0:
+        return f"exit code {exitcode}"
+    name = signal.Signals(-exitcode).name
+    return f"{name}, which is also how the system ends what takes too much memory" if name == "SIGKILL" else name

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,14 @@ MAX_STARTS = 8
 LOSSES = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, ObjectLostError)
 """What Ray raises when a worker is gone; one that its memory monitor killed raises OutOfMemoryError ever after."""
 START_TIMEOUT_S = 300
+TICK_S = 1.0
+"""How long the driver waits for an outcome before it looks after the workers."""
+PULSE_S = 10.0
+"""How often a worker with work is asked how long it has been at it."""
+PULSE: dict[str, Any] = {"concurrency_groups": {"pulse": 1}}
+"""A thread of its own in every actor, so that one at work answers and one that is stopped does not."""
 CONNECT_TIMEOUT_S = 10
+GIVEN_UP = "Look at the cause (a bundle that kills who loads it, too little memory), then run the same command again."
 _NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}}
 
 
@@ -62,6 +70,11 @@ class Fused:
         """Load the models; return the process id. Raises ProfileError, BundleError."""
         self._scorer.load()
         return os.getpid()
+
+    @ray.method(concurrency_group="pulse")
+    def pulse(self) -> tuple[float, str]:
+        """Return how long the longest reading has been under way, and which it is."""
+        return self._reader.longest()
 
     def perform(self, task: Task) -> Done | Failed:
         """Do a whole task."""
@@ -87,6 +100,11 @@ class GpuScorer:
         self._scorer.load()
         return os.getpid()
 
+    @ray.method(concurrency_group="pulse")
+    def pulse(self) -> tuple[float, str]:
+        """Answer; scoring has no deadline."""
+        return 0.0, ""
+
     def score(self, task: Task, pixels: Pixels | Failed) -> Done | Failed:
         """Score what a reader beside it has read."""
         if isinstance(pixels, Failed):
@@ -105,6 +123,11 @@ class RemoteReader:
     def load(self) -> int:
         """Return the process id, once alive."""
         return os.getpid()
+
+    @ray.method(concurrency_group="pulse")
+    def pulse(self) -> tuple[float, str]:
+        """Return how long what is read has been under way, and which it is."""
+        return self._reader.longest()
 
     def perform(self, task: Task) -> Done | Failed:
         """Do a whole task that needs no model."""
@@ -131,6 +154,9 @@ class Worker:
     turn: int = 0
     starts: int = 0
     models: frozenset[str] | None = None
+    pulses: list[Any] = field(default_factory=list)
+    pulsed_s: float = 0.0
+    cause: str = ""
 
     def has(self, task: Task) -> bool:
         """Return whether the models of a task are here."""
@@ -159,6 +185,7 @@ class RayPool:
         self._loaded = False
         self._news: list[Outcome] = []
         self._parts = Parts()
+        self._looked = time.monotonic()
 
     def profile(self, compute: ComputeSpec) -> ComputeProfile:
         """Return the compute profile of a worker: the driver may be a laptop without the GPU."""
@@ -190,13 +217,17 @@ class RayPool:
     def _start(self, worker: Worker) -> Worker:
         worker.starts += 1
         if worker.starts > MAX_STARTS:
-            raise InfrastructureError(f"{worker.name} died {MAX_STARTS} times without doing a task; giving up.")
+            said = (
+                f"{worker.name} died {MAX_STARTS} times without doing a task; giving up. The last time: {worker.cause}"
+            )
+            raise InfrastructureError(said, next_step=GIVEN_UP)
         worker.actors = self._gpu_actors(worker) if self.gpus else [self._fused_actor()]
         return worker
 
     def _fused_actor(self) -> Any:
         options = {"num_cpus": self._cpus_each, "max_concurrency": AHEAD + 1, "runtime_env": _NO_GPU}
-        return ray.remote(Fused).options(max_restarts=0, max_task_retries=0, **options).remote(self._context)
+        fused = ray.remote(**PULSE)(Fused)
+        return fused.options(max_restarts=0, max_task_retries=0, **options).remote(self._context)
 
     def _gpu_actors(self, worker: Worker) -> list[Any]:
         """A placement group for each GPU, created singly, so that pixels never cross the network."""
@@ -213,7 +244,8 @@ class RayPool:
         def start(kind: type, bundle: int, *arguments: Any, **options: Any) -> Any:
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
             limits = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": share, "scheduling_strategy": place}
-            return ray.remote(kind).options(**limits, **options).remote(self._context, *arguments)
+            actor: Any = ray.remote(**PULSE)(kind)
+            return actor.options(**limits, **options).remote(self._context, *arguments)
 
         scorer = start(GpuScorer, 0, worker.models, num_gpus=1, max_concurrency=AHEAD)
         return [scorer, *(start(RemoteReader, i, num_gpus=0, runtime_env=_NO_GPU) for i in range(1, k + 1))]
@@ -267,10 +299,22 @@ class RayPool:
         for _ in range(len(self._waiting)):
             task = self._waiting.popleft()
             worker = self._place_for(task)
-            if worker is None:
+            if worker is None or (task.fresh and not self._renewed(worker)):
                 self._waiting.append(task)
             else:
                 worker.flight[self._send(worker, task)] = task
+
+    def _renewed(self, worker: Worker) -> bool:
+        """Give an idle worker new actors; return whether there is still a place for it."""
+        for actor in worker.actors:
+            ray.kill(actor)
+        self._start_loaded(worker)
+        return worker in self._workers
+
+    def _start_loaded(self, worker: Worker) -> None:
+        loading = [actor.load.remote() for actor in self._start(worker).actors]
+        if self._loaded:
+            self._make_ready(worker, loading)
 
     def _place_for(self, task: Task) -> Worker | None:
         """The least busy worker that may take the task. A task that must be alone has a worker kept free for it."""
@@ -295,17 +339,18 @@ class RayPool:
         return worker.actors[0].score.remote(task, whole.pixels)
 
     def wait(self) -> list[Outcome]:
-        """Return the outcomes that have come in."""
+        """Return the outcomes that have come in, after a while none if need be."""
         self._dispatch()
         refs = {ref: worker for worker in self._workers for ref in worker.flight}
         if not refs and not self._news:
             raise InfrastructureError("Nothing is in flight and nothing can be placed.")
-        ready = ray.wait(list(refs), num_returns=1)[0] if not self._news else []
+        ready = ray.wait(list(refs), num_returns=1, timeout=TICK_S)[0] if not self._news else []
         more = ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []
         outcomes: list[Outcome] = []
         for ref in dict.fromkeys([*ready, *more]):
             if ref in refs[ref].flight:  # a loss clears all that its worker held
                 outcomes += self._outcome(refs[ref], ref)
+        outcomes += self._look()
         outcomes, self._news = [*self._news, *outcomes], []
         self._dispatch()
         return self._parts.join(outcomes)
@@ -314,11 +359,7 @@ class RayPool:
         try:
             outcome: Outcome = ray.get(ref)
         except LOSSES as error:
-            lost = self._bury(worker, _first_line(error))
-            loading = [actor.load.remote() for actor in self._start(worker).actors]
-            if self._loaded:
-                self._make_ready(worker, loading)
-            return lost
+            return self._replace(worker, _first_line(error), memory=isinstance(error, OutOfMemoryError))
         except RayError as error:
             task = worker.flight.pop(ref)
             return [Failed(task, InfrastructureError(f"{task.stage} of {task.slide_id}: {error}"))]
@@ -326,8 +367,48 @@ class RayPool:
         worker.starts = 0
         return [outcome]
 
-    def _bury(self, worker: Worker, cause: str) -> list[Outcome]:
+    def _replace(self, worker: Worker, cause: str, memory: bool = False) -> list[Outcome]:
+        lost = self._bury(worker, cause, memory)
+        self._start_loaded(worker)
+        return lost
+
+    def _look(self) -> list[Outcome]:
+        """Look after workers with work: replace one whose reading is overdue, and one that does not answer.
+
+        Time in which the driver itself was stopped does not count against them.
+        """
+        passed, self._looked = min(time.monotonic() - self._looked, 2 * TICK_S), time.monotonic()
+        lost: list[Outcome] = []
+        for worker in list(self._workers):
+            if cause := self._overdue(worker, passed):
+                lost += self._replace(worker, cause)
+        return lost
+
+    def _overdue(self, worker: Worker, passed_s: float) -> str:
+        """Take a worker's pulse; return why it must go, "" while it need not."""
+        if not worker.flight:
+            worker.pulses, worker.pulsed_s = [], 0.0
+            return ""
+        worker.pulsed_s += passed_s
+        deadline_s, silence_s = self.spec.task_deadline_s, self.spec.silence_s
+        if not worker.pulses and worker.pulsed_s >= min(
+            PULSE_S, (deadline_s or PULSE_S) / 2, (silence_s or PULSE_S) / 2
+        ):
+            worker.pulses, worker.pulsed_s = [actor.pulse.remote() for actor in worker.actors], 0.0
+        answered = ray.wait(worker.pulses, num_returns=len(worker.pulses), timeout=0)[0] if worker.pulses else []
+        worker.pulses = [ref for ref in worker.pulses if ref not in answered]
+        for seconds, what in filter(None, map(_pulse, answered)):
+            if deadline_s and seconds > deadline_s:
+                return f"{what} had not ended after {deadline_s:g} s"
+        if worker.pulses and silence_s and worker.pulsed_s > silence_s:
+            return f"it did not answer for {silence_s:g} s"
+        return ""
+
+    def _bury(self, worker: Worker, cause: str, memory: bool = False) -> list[Outcome]:
         """Gather what had ended before a worker's death, and blame the rest; its actors are gone then."""
+        worker.cause, worker.pulses, worker.pulsed_s = cause, [], 0.0
+        for actor in worker.actors:
+            ray.kill(actor)
         ended: list[Outcome] = []
         for ref in list(worker.flight):
             try:
@@ -335,10 +416,8 @@ class RayPool:
                 worker.flight.pop(ref)
             except (RayError, GetTimeoutError):
                 continue
-        lost = Lost(worker.name, tuple(worker.flight.values()), cause)
+        lost = Lost(worker.name, tuple(worker.flight.values()), cause, memory)
         worker.flight.clear()
-        for actor in worker.actors:
-            ray.kill(actor)
         return [*ended, lost]
 
     def close(self) -> None:
@@ -351,6 +430,15 @@ class RayPool:
         self._workers = []
         if self._started_ray:
             ray.shutdown()
+
+
+def _pulse(ref: Any) -> tuple[float, str] | None:
+    """What an actor has answered, None when it is dead, which the tasks in flight tell."""
+    try:
+        found: tuple[float, str] = ray.get(ref)
+    except RayError:
+        return None
+    return found
 
 
 def resources() -> dict[str, float]:

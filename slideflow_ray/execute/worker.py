@@ -5,19 +5,28 @@ Errors become values here, once: a slide that fails is a result.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import resource
 import socket
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import psutil
 
 from slideflow_ray import pipeline, profile
 from slideflow_ray.errors import ProfileError, SlideflowError, UnexpectedError, as_slideflow_error
 from slideflow_ray.execute import Done, Failed, Span, Task
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import Context, OpenSlides, Pixels, Scorer, SlidePlan
+
+ALONE_SHARE = 0.8
+"""Of the memory that is free, what a task that is tried alone may take before it meets a MemoryError."""
 
 
 class Reader:
@@ -26,6 +35,22 @@ class Reader:
     def __init__(self, context: Context) -> None:
         self.context = context
         self._slides = threading.local()
+        self._began: dict[int, tuple[float, str]] = {}
+
+    def longest(self) -> tuple[float, str]:
+        """Return for how many seconds the longest of the tasks under way has been, and which that is."""
+        now = time.monotonic()
+        return max(((now - began, what) for began, what in list(self._began.values())), default=(0.0, ""))
+
+    @contextlib.contextmanager
+    def _at(self, task: Task) -> Iterator[None]:
+        """Note when a task begins, and limit the memory of one that is alone."""
+        self._began[threading.get_ident()] = (time.monotonic(), f"the {task.stage} of {task.slide_id}")
+        try:
+            with limited() if task.alone else contextlib.nullcontext():
+                yield
+        finally:
+            self._began.pop(threading.get_ident(), None)
 
     @property
     def slides(self) -> OpenSlides:
@@ -41,12 +66,15 @@ class Reader:
             plan: Callable[[Context, Any], SlidePlan] = (
                 pipeline.plan_pack if isinstance(task.payload, Pack) else pipeline.plan_slide
             )
-            return attempt(task, lambda: plan(self.context, task.payload))
-        return attempt(task, lambda: pipeline.derive(self.context, task.payload))
+            with self._at(task):
+                return attempt(task, lambda: plan(self.context, task.payload))
+        with self._at(task):
+            return attempt(task, lambda: pipeline.derive(self.context, task.payload))
 
     def read(self, task: Task) -> Pixels | Failed:
         """Read the chunk of a task, for a scorer."""
-        outcome = attempt(task, lambda: pipeline.read_chunk(self.context, task.payload, self.slides))
+        with self._at(task):
+            outcome = attempt(task, lambda: pipeline.read_chunk(self.context, task.payload, self.slides))
         return outcome if isinstance(outcome, Failed) else outcome.value
 
 
@@ -86,9 +114,39 @@ class ModelScorer:
                 self._loaded[node] = load_scorer(model.spec.path, self.context.profile)
             return self._loaded[node]
 
+    def renew(self) -> None:
+        """Let go of the models and of the memory that they held, and load them again."""
+        with self._loading:
+            self._loaded.clear()
+        gc.collect()
+        if "torch" in sys.modules:
+            import torch
+
+            torch.cuda.empty_cache()
+        self.load()
+
+    def score_anew(self, task: Task, pixels: Pixels) -> Done | Failed:
+        """Score the chunk of a task with models that are loaded for it."""
+        renewed = attempt(task, self.renew)
+        return renewed if isinstance(renewed, Failed) else self.score(task, pixels)
+
     def score(self, task: Task, pixels: Pixels) -> Done | Failed:
         """Score the chunk of a task."""
         return attempt(task, lambda: pipeline.score_chunk(self.context, task.payload, pixels, self.scorer))
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Bound what this process may take beyond what it has by a share of what is free: then a MemoryError, no killer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    free = psutil.virtual_memory().available
+    limit = psutil.Process().memory_info().data + int(ALONE_SHARE * free)
+    most = limit if soft == resource.RLIM_INFINITY else min(soft, limit)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def attempt(task: Task, call: Any) -> Done | Failed:
