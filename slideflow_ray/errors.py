@@ -11,6 +11,7 @@
     │   ├── SlideNotFound    E_NOT_FOUND     FileNotFoundError
     │   ├── NotASlide        E_NOT_A_SLIDE                      refused
     │   ├── ReadError        E_READ          OSError
+    │   ├── SourceChanged    E_CHANGED       OSError            a remote object changed while it was read
     │   ├── TruncatedSlide   E_TRUNCATED     OSError            refused
     │   ├── NoMpp            E_NO_MPP                           refused
     │   ├── BadMpp           E_BAD_MPP                          refused

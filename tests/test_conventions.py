@@ -54,7 +54,7 @@ HEAVY = {
     "dask": {"aggregate.py"},
     "tiffslide": {"slides/tiff.py"},
     "openslide": {"slides/openslide.py", "doctor.py"},
-    "zarr": {"store.py", "slides/omezarr.py", "slides/guarded.py"},
+    "zarr": {"store.py", "slides/omezarr.py", "slides/guarded.py", "bucket.py"},
     "tifffile": {"export.py", "slides/image.py", "phantoms.py"},
     "imagecodecs": {"slides/image.py"},
     "matplotlib": {"report.py", "train/record.py"},
