@@ -20,8 +20,6 @@ SAMPLE = [
     "killed inside a chunk's write",
     "stopped while reading",
     "a read that hangs",
-    "never enough memory",
-    "a model that kills who loads it",
 ]
 """What `make test` runs; `pytest -m soak` runs all."""
 

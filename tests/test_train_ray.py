@@ -82,20 +82,20 @@ def test_a_worker_that_is_killed_changes_nothing(local_ray, cohort, work, tmp_pa
             killed.append(mine[-1].pid)
             os.kill(mine[-1].pid, signal.SIGKILL)
 
-    disturbed = train(job(cohort, tmp_path / "b", work, "ray"), kill_after_the_first_epoch).bundle
+    disturbed = train(job(cohort, tmp_path / "b", work, "ray", epochs=3), kill_after_the_first_epoch).bundle
     assert killed
-    want = by_torch_alone(job(cohort, tmp_path / "a", work, "ray"), tmp_path)
+    want = by_torch_alone(job(cohort, tmp_path / "a", work, "ray", epochs=3), tmp_path)
     assert epochs(disturbed) == json.loads(want.read_text())
-    assert len(epochs(disturbed)) == 5
+    assert len(epochs(disturbed)) == 3
     state = load_file(want.with_suffix(".safetensors"))
     assert all(torch.equal(state[key], value) for key, value in load_weights(disturbed).items())
     history = [json.loads(line) for line in (disturbed / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in history] == list(range(5))
+    assert [line["epoch"] for line in history] == list(range(3))
     # All tiles are shown to one of the two in each epoch; the shorter share begins again.
     shown = json.loads((disturbed / "training.json").read_text())["tiles"]["train"]
     assert all(shown <= line["tiles"] < shown + 2 * 16 for line in history)
     before = (disturbed / "weights.safetensors").stat().st_mtime_ns
-    assert not train(job(cohort, tmp_path / "b", work, "ray")).changed
+    assert not train(job(cohort, tmp_path / "b", work, "ray", epochs=3)).changed
     assert (disturbed / "weights.safetensors").stat().st_mtime_ns == before
 
 
