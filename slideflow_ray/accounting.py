@@ -25,7 +25,8 @@ from slideflow_ray.texts import safe_row
 class Ended:
     """How an item ended. `status` is done, failed or refused; `outcome` says more about done.
 
-    `laid` are the slide's grids, `grids` the pairs (grid, model) that are scored. An image that is
+    `why` says what changed where it had results before. `laid` are the slide's grids, `grids` the pairs
+    (grid, model) that are scored. An image that is
     scored in one piece is row `row` of the store `pack`, and `packed` are the pairs there.
     """
 
@@ -42,6 +43,7 @@ class Ended:
     pack: str = ""
     row: int = -1
     packed: tuple[tuple[str, str], ...] = ()
+    why: tuple[str, ...] = ()
 
 
 def failed(slide_id: str, error: SlideflowError) -> Ended:

@@ -113,6 +113,7 @@ def run(
     modality: Annotated[str, typer.Option(help="he, pas, silver, ihc, tem or mri: of the one slide.")] = "he",
     dask: Annotated[DaskName, typer.Option(help="Scheduler of the aggregation.")] = DaskName.threads,
     retry: Annotated[bool, typer.Option("--retry", help="Try refused slides again.")] = False,
+    rehash: Annotated[bool, typer.Option("--rehash", help="Read also files of unchanged size and time again.")] = False,
     as_json: Json = False,
 ) -> None:
     """Score slides; run again to resume. TARGET is run.toml or a slide, or give --cohort."""
@@ -131,7 +132,7 @@ def run(
     items = None
     given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
     if target is not None and target.endswith(".toml"):
-        if beside := sorted(given - {"target", "retry", "as_json"}):
+        if beside := sorted(given - {"target", "retry", "rehash", "as_json"}):
             options = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
             raise ConfigError(f"{target} says everything; {options} beside it would be ignored.")
         spec = _toml(Path(target))
@@ -145,7 +146,7 @@ def run(
         if target is not None:
             items = single_slide(target, mpp, modality)
         spec = _spec(str(cohort or ""), model, out, settings)
-    _finish_run(run_(spec, items, listen=to_stderr(), retry=retry), spec, as_json)
+    _finish_run(run_(spec, items, listen=to_stderr(), retry=retry, rehash=rehash), spec, as_json)
 
 
 def _toml(path: Path) -> RunSpec:

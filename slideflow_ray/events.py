@@ -28,13 +28,17 @@ class VersionChosen:
 
 @dataclass(frozen=True)
 class SlidePlanned:
-    """A slide's grid is committed; `todo` of its `tiles` still need a forward pass."""
+    """A slide's grid is committed; `todo` of its `tiles` still need a forward pass.
+
+    `why`: what changed since it was scored before, one sentence each.
+    """
 
     slide_id: str
     tiles: int
     chunks: int
     chunks_todo: int
     tiles_todo: int
+    why: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

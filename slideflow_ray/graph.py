@@ -118,7 +118,7 @@ class RunGraph:
         slide_id, todo = plan.item.slide_id, plan.todo
         chunks = sum(grid.chunks for grid in plan.grids)
         left = sum(chunk.tiles for chunk in todo)
-        self._listen(SlidePlanned(slide_id, plan.tiles, chunks, len(todo), left))
+        self._listen(SlidePlanned(slide_id, plan.tiles, chunks, len(todo), left, plan.why))
         self._plans[slide_id] = plan
         if plan.complete and plan.tiles and slide_id not in self._derived:
             self._end(Ended(slide_id, "done", "unchanged", **_facts(plan)))
@@ -184,4 +184,4 @@ class RunGraph:
 def _facts(plan: SlidePlan) -> dict[str, Any]:
     grids = tuple((grid.grid, model) for grid in plan.grids for model in grid.models)
     laid = tuple(grid.grid for grid in plan.grids)
-    return {"tiles": plan.tiles, "identity": plan.identity, "laid": laid, "grids": grids}
+    return {"tiles": plan.tiles, "identity": plan.identity, "laid": laid, "grids": grids, "why": plan.why}

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slideflow_ray import storage
+from slideflow_ray.changes import FILE
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import BadDimensions, SlideflowError
 from slideflow_ray.identity import Identities
@@ -41,10 +42,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Pack:
-    """Images that share a store. `slide_id` is the pack's own, by which the store is found."""
+    """Images that share a store. `slide_id` is the pack's own, by which the store is found.
+
+    `why`: what made a new pack of images that another one holds as they were.
+    """
 
     slide_id: str
     rows: tuple[Row, ...]
+    why: str = ""
 
     @property
     def example(self) -> Item:
@@ -59,12 +64,16 @@ class Pack:
 
 @dataclass(frozen=True)
 class Packed:
-    """Where every image of a cohort is: the packs, in which row of which each one lies, and which could not be read."""
+    """Where every image of a cohort is: the packs, in which row of which each one lies, and which could not be read.
+
+    `why` has those that lay in a pack already, as something else, and what changed.
+    """
 
     packs: tuple[Pack, ...]
     places: Mapping[str, tuple[str, int]]
     identities: Mapping[str, str]
     errors: Mapping[str, SlideflowError]
+    why: Mapping[str, str]
 
 
 def pack_items(out: Path, items: Sequence[Item], again: Collection[str] = ()) -> Packed:
@@ -86,6 +95,7 @@ def pack_items(out: Path, items: Sequence[Item], again: Collection[str] = ()) ->
     records = sorted(_records(out), key=lambda record: (record["attempt"], record["pack"]))
     attempts = {row[0]: record["attempt"] for record in records for row in record["rows"] if row[0] in again}
     places = _places(out, records, here, again)
+    changed = _changed(records, [row for row in here if row.item.slide_id not in places], again)
     loose: dict[tuple[str | None, ...], list[Row]] = {}
     for row in here:
         if row.item.slide_id not in places:
@@ -95,7 +105,22 @@ def pack_items(out: Path, items: Sequence[Item], again: Collection[str] = ()) ->
         places |= {row.item.slide_id: (pack_id, i) for i, row in enumerate(rows)}
     by_id = {row.item.slide_id: row for row in here}
     wanted = dict.fromkeys(pack for pack, _ in places.values())
-    return Packed(tuple(_read(out, pack_id, by_id) for pack_id in wanted), places, identities, errors)
+    packs = tuple(_read(out, pack_id, by_id, changed) for pack_id in wanted)
+    return Packed(packs, places, identities, errors, changed)
+
+
+def _changed(records: Sequence[dict[str, Any]], rows: Sequence[Row], again: Collection[str]) -> dict[str, str]:
+    """What changed in images that are in no pack as they are now, and in one as they were."""
+    before = {key[0]: key for record in records for key in record["rows"]}
+    found = {}
+    for row in rows:
+        slide_id = row.item.slide_id
+        if slide_id not in before or slide_id in again:
+            continue
+        names = ["slide_id", FILE, "its mpp changed", *(f"its {column} changed" for column in ROUTES)]
+        said = [name for name, old, new in zip(names, before[slide_id], _key(row), strict=True) if old != new]
+        found[slide_id] = "; ".join(said) or "it is back in the cohort"
+    return found
 
 
 _Key = tuple[str | float | None, ...]
@@ -151,7 +176,7 @@ def _form(out: Path, rows: Sequence[Row], attempt: int) -> str:
     return pack_id
 
 
-def _read(out: Path, pack_id: str, by_id: Mapping[str, Row]) -> Pack:
+def _read(out: Path, pack_id: str, by_id: Mapping[str, Row], changed: Mapping[str, str]) -> Pack:
     """Return a pack with all its rows; one that the cohort no longer has keeps its place, without a file."""
     record = storage.read_json(out / "packs" / f"{pack_id}.json")
     rows = []
@@ -161,7 +186,9 @@ def _read(out: Path, pack_id: str, by_id: Mapping[str, Row]) -> Pack:
         if mine is None or _key(mine) != tuple(key):
             mine = Row(Item(slide_id=slide_id, uri=GONE, mpp=mpp, **dict(zip(ROUTES, routes, strict=True))), found)
         rows.append(mine)
-    return Pack(pack_id, tuple(rows))
+    here = {row.item.slide_id for row in rows if row.item.uri != GONE}
+    said = sorted({changed[slide_id] for slide_id in here if slide_id in changed})
+    return Pack(pack_id, tuple(rows), "; ".join(said))
 
 
 # images

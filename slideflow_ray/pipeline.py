@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slideflow_ray import storage
+from slideflow_ray.changes import why_anew
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import DiskFull, as_slideflow_error
 from slideflow_ray.focus import focus
@@ -158,6 +159,7 @@ class SlidePlan:
     """What a slide costs and what of it is left.
 
     `again`: objects have yet to be found, so once what is left is derived the slide is planned again.
+    `why`: what changed since its models gave results on it before, one sentence each.
     """
 
     item: Item | Pack
@@ -165,6 +167,7 @@ class SlidePlan:
     grids: tuple[GridPlan, ...]
     complete: bool
     again: bool = False
+    why: tuple[str, ...] = ()
 
     @property
     def tiles(self) -> int:
@@ -258,7 +261,14 @@ def _planned(
 ) -> SlidePlan:
     nodes = [node for grid in grids for node in [*_results(context, grid), *_derived(context, grid)]]
     complete = not again and all(store.committed(node) for node in nodes)
-    return SlidePlan(item, found, tuple(grids), complete, again)
+    said = [item.why] if isinstance(item, Pack) and item.why else []
+    if not complete:
+        said += [why for grid in grids for name in grid.models for why in _why(context, store, name, grid)]
+    return SlidePlan(item, found, tuple(grids), complete, again, tuple(dict.fromkeys(said)))
+
+
+def _why(context: Context, store: SlideStore, name: str, grid: GridPlan) -> tuple[str, ...]:
+    return why_anew(store, context.model(name), grid.grid) if grid.tiles else ()
 
 
 def _results(context: Context, grid: GridPlan) -> list[str]:
@@ -306,8 +316,9 @@ def _model_todo(store: SlideStore, grid: str, model: RunModel, n: int, rows: int
     todo: set[int] = set()
     for result, node in zip(model.results, model.nodes(grid), strict=True):
         if not store.committed(node):
-            sharded, fill = result.kind == "masks", result.nothing
-            store.create_rows(node, (n, *result.shape), np.dtype(result.dtype), rows, fill=fill, sharded=sharded)
+            options: dict[str, Any] = {"fill": result.nothing, "sharded": result.kind == "masks"}
+            options["attributes"] = {"model": model.name, "digest": model.digest}
+            store.create_rows(node, (n, *result.shape), np.dtype(result.dtype), rows, **options)
             todo.update(store.chunks_todo(node))
     return sorted(todo)
 

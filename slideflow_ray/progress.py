@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -39,6 +40,7 @@ class RunProgress:
         """Count from zero: one listener may hear several runs."""
         self.slides, self.verb = slides, verb
         self.ended = self.tiles_known = self.tiles_done = self.planned = 0
+        self._again: Counter[str] = Counter()
         self._start = self._said = time.monotonic()
 
     def __call__(self, event: Event) -> None:
@@ -52,6 +54,7 @@ class RunProgress:
                     self._start = time.monotonic()
                 self.planned += 1
                 self.tiles_known += event.tiles_todo
+                self._say_why(event)
             case ChunkScored():
                 self.tiles_done += event.tiles
             case SlideDone():
@@ -78,10 +81,22 @@ class RunProgress:
             self._bar.add_task("slides", total=event.slides, rate="")
             self._bar.start()
 
+    def _say_why(self, event: SlidePlanned) -> None:
+        """Say why a slide is scored again; a reason that others share is said once, and counted."""
+        reason = "; ".join(event.why)
+        if not reason:
+            return
+        self._again[reason] += 1
+        if self._again[reason] == 1:
+            self.say(f"{event.slide_id} is scored again: {reason}")
+
     def _finish(self, event: RunFinished) -> None:
         if self._bar:
             self._bar.stop()
             self._bar = None
+        for reason, slides in self._again.items():
+            if slides > 1:
+                self.say(f"{slides} slides were scored again: {reason}")
         parts = f"done {event.done}, failed {event.failed}, refused {event.refused}"
         self.say(f"{parts} in {event.seconds:.1f} s; {self.tiles_done} tiles {self.verb}")
 

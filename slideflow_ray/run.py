@@ -152,7 +152,11 @@ def fixed_profile(out: Path, compute: ComputeSpec, pool: Pool) -> ComputeProfile
 
 
 def run(
-    spec: RunSpec, items: Sequence[Item] | None = None, listen: Listener = silent, retry: bool = False
+    spec: RunSpec,
+    items: Sequence[Item] | None = None,
+    listen: Listener = silent,
+    retry: bool = False,
+    rehash: bool = False,
 ) -> RunResult:
     """Score a cohort; run again to resume, or to learn that nothing is left.
 
@@ -162,6 +166,7 @@ def run(
     items : the cohort, if not to be read from ``spec.cohort``
     listen : told of every event
     retry : try refused slides again too
+    rehash : read every file again to learn what it is, also where size and modification time are as they were
 
     Raises ConfigError before anything is started, InfrastructureError (resumable).
     """
@@ -169,6 +174,8 @@ def run(
     spec = resolved(spec, listen)
     items, out = _checked(spec, items)
     with lease(out):
+        if rehash:
+            _forget_identities(out)
         want = wanted(spec)
         before = {} if retry else refused_before(out, items, want)
         work, context, changed = _work(spec, items, listen, before, retry, want)
@@ -178,6 +185,11 @@ def run(
         write_run(out, spec, items, context, result)
     listen(RunFinished(**result.counts, seconds=result.seconds))
     return result
+
+
+def _forget_identities(out: Path) -> None:
+    for note in [out / ".cache" / "identities.json", *(out / ".cache" / "identity").glob("*.json")]:
+        note.unlink(missing_ok=True)
 
 
 def settings_of(out: Path) -> tuple[RunSpec, tuple[Item, ...]]:

@@ -31,7 +31,7 @@ class Units:
         left = [item for item in items if item.slide_id not in before]
         packed = [item for item in left if any(m.whole and m.applies_to(item) for m in context.models)]
         again = failed_before(self._out, packed, refused=retry)
-        self._packed = pack_items(self._out, packed, again) if packed else Packed((), {}, {}, {})
+        self._packed = pack_items(self._out, packed, again) if packed else Packed((), {}, {}, {}, {})
         whole = {item.slide_id for item in packed}
         tiled = [i for i in left if i.slide_id not in whole or _in_tiles(context, i)]
         self._both = whole & {item.slide_id for item in tiled}
@@ -48,6 +48,7 @@ class Units:
             self._end(ended)
             return
         broken = _broken(self._out, ended)
+        new = any(slide_id in self._packed.why for slide_id in self._rows[ended.slide_id])
         for slide_id in self._rows[ended.slide_id]:
             row = self._packed.places[slide_id][1]
             mine = replace(
@@ -60,6 +61,7 @@ class Units:
                 pack=ended.slide_id,
                 row=row,
                 packed=ended.grids,
+                why=(self._packed.why[slide_id],) if slide_id in self._packed.why else () if new else ended.why,
             )
             self._end(_broken_one(mine, broken[row]) if row in broken else mine)
 

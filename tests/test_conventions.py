@@ -20,6 +20,7 @@ LAYERS = [
     ["remote"],
     ["identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
+    ["changes"],
     ["packs", "planes", "layout", "pipeline"],
     ["execute", "aggregate"],
     [
