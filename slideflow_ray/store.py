@@ -34,6 +34,7 @@ from zarr.core.array_spec import ArrayConfigParams
 from slideflow_ray import storage
 from slideflow_ray.errors import CorruptStore, StoreError
 from slideflow_ray.identity import file_sha256
+from slideflow_ray.specs import digest
 
 SCHEMA = 1
 INNER_ROWS = 16
@@ -96,8 +97,12 @@ class SlideStore:
     # groups and attributes
 
     def describe(self, attributes: Mapping[str, Any]) -> None:
-        """Write what the slide is (schema, slide_id, uri, identity, size_px0, mpp0, levels, reader)."""
+        """Write what the slide is (schema, slide_id, uri, identity, size_px0, mpp0, levels, reader), and its checksum.
+
+        It may change from run to run, so it is not committed; the checksum is what `verify` compares.
+        """
         wanted = {"schema": SCHEMA, "slide_id": self.slide_id, **attributes}
+        wanted["checksum"] = digest(wanted)
         try:
             group = zarr.open_group(self._zarr, mode="a")
         except ValueError as error:  # what is there is no zarr metadata
@@ -364,8 +369,10 @@ class SlideStore:
             return False
         if key != "zarr.json":
             return bool(attributes == {})
-        named = isinstance(attributes, dict) and attributes.get("schema") == SCHEMA
-        return named and folder_name(str(attributes.get("slide_id"))) == self.commits.name
+        if not isinstance(attributes, dict) or attributes.get("schema") != SCHEMA:
+            return False
+        said = attributes.pop("checksum", None)
+        return said == digest(attributes) and folder_name(str(attributes.get("slide_id"))) == self.commits.name
 
     def _keys(self, node: str) -> Iterator[tuple[str, tuple[int, str]]]:
         for key in sorted(self._paths(node)):
