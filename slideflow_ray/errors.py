@@ -47,8 +47,8 @@ class SlideflowError(Exception):
     next_step: ClassVar[str] = "See the message above."
 
     def __init__(self, message: str, *, next_step: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = _printable(message)
+        super().__init__(self.message)
         self.step = next_step or type(self).next_step
 
     def __str__(self) -> str:
@@ -56,6 +56,13 @@ class SlideflowError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.message, self.step)
+
+
+def _printable(text: str) -> str:
+    """Write out what would move a terminal's cursor: a message may quote a stranger's file."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _rebuild(kind: type[SlideflowError], message: str, step: str) -> SlideflowError:
