@@ -13,6 +13,7 @@ import zlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydicom
 import pytest
 import zarr
 from corpus import DESCRIPTION, page, tiff
@@ -93,6 +94,33 @@ def test_a_canary_in_every_tag_and_label_appears_nowhere(canaries, bundles, tmp_
     code, told, _ = call(capfd, "doctor", "--privacy", out, "--string", CANARY, "--json")
     assert code == 5
     assert json.loads(told) == [{"word": CANARY, "path": "slides/notes.txt", "part": "bytes"}]
+
+
+def test_a_canary_in_every_text_of_a_dicom_series_appears_nowhere(data, bundles, tmp_path, capfd):
+    source, folder = data / "slides" / "cmu1small_dicom", tmp_path / "in" / "series"
+    folder.mkdir(parents=True)
+    texts = {"LO", "LT", "PN", "SH", "ST", "UT"}
+    people = ("PatientName", "PatientID", "InstitutionName", "OperatorsName", "AccessionNumber", "ImageComments")
+    for path in source.iterdir():
+        slide = pydicom.dcmread(path)
+        slide.SpecificCharacterSet = "ISO_IR 192"
+        for element in [e for e in slide.iterall() if e.VR in texts and e.keyword != "ContainerIdentifier"]:
+            element.value = CANARY
+        for keyword in people:
+            setattr(slide, keyword, CANARY)
+        slide.add_new(0x00090010, "LO", CANARY)  # a private block
+        slide.add_new(0x00091001, "LT", f"{CANARY} again")
+        slide.save_as(folder / path.name)
+        assert (folder / path.name).read_bytes().count(CANARY.encode()) > len(people)
+    out = tmp_path / "out"
+    words = ["run", folder, "-m", bundles["aligned"], "-o", out, "--workers", "1", "--min-tissue", "0.9"]
+    said = ""
+    for arguments in (words, ["report", out], ["export", out, "--to", "csv"], ["status", out]):
+        code, told, logged = call(capfd, *arguments)
+        assert code == 0, logged
+        said += told + logged
+    assert search(out, [CANARY, "Zq7Canary"]) == ()
+    assert "Zq7Canary" not in said
 
 
 def pictures(html):
