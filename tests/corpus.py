@@ -312,7 +312,7 @@ def slides() -> None:
         _slide(f"big-{name}", "E_TRUNCATED", changed(tags, big=True))
     _slide("tag-count-2^32", "E_TRUNCATED", changed({OFFSETS: (4, (2**32 - 1, struct.pack("<I", 8)))}))
     _slide("description-beyond", "E_TRUNCATED", changed({DESCRIPTION: (2, (2**30, struct.pack("<I", 8)))}))
-    _slide("description-60mb", "E_DIMENSIONS", changed({DESCRIPTION: (2, lambda_bytes(60_000_000))}))
+    _slide("description-60mb", "E_DIMENSIONS", changed({DESCRIPTION: (2, letters(60_000_000))}))
     _slide("offsets-too-few", "E_DIMENSIONS", changed({OFFSETS: (4, [8]), COUNTS: (4, [8])}))
     _slide("offsets-million", "E_DIMENSIONS", changed({OFFSETS: (4, [8] * 10**6), COUNTS: (4, [8] * 10**6)}))
     _slide("no-offsets", "E_DIMENSIONS", lambda: tiff({k: v for k, v in page().items() if k != TILES}))
@@ -344,7 +344,7 @@ def slides() -> None:
     scales()
 
 
-def lambda_bytes(n: int) -> bytes:
+def letters(n: int) -> bytes:
     return b"a" * n
 
 
