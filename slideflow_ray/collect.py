@@ -123,15 +123,15 @@ def collect(
     if split is not None:
         parts_of(split)
     wanted = read_expected(expect) if expect else ()
-    places = tuple(_places(folder))
-    opened = {path: _scale_of(path, modality) for path, _ in places if path is not None}
-    good = [(path, n) for path, n in places if path is not None and opened[path][0]]
+    there = tuple(places(folder))
+    opened = {path: _scale_of(path, modality) for path, _ in there if path is not None}
+    good = [(path, n) for path, n in there if path is not None and opened[path][0]]
     slides = _found(folder, [path for path, _ in good], {p: scale for p, (_, scale) in opened.items()}, search)
     if split is not None and slides:
         slides = split_by_patient(slides, split, seed)
     unreadable = {_name(folder, path): why for path, (fine, why) in opened.items() if not fine}
-    bad = sum(n for path, n in places if path is not None and not opened[path][0])
-    total = sum(n for _, n in places)
+    bad = sum(n for path, n in there if path is not None and not opened[path][0])
+    total = sum(n for _, n in there)
     slide_files = sum(n for _, n in good)
     present, missing, extra = reconcile(wanted, slides, unreadable) if expect else (0, (), ())
     return Collected(
@@ -152,7 +152,7 @@ def collect(
 # what is there
 
 
-def _places(folder: Path) -> Iterator[tuple[Path | None, int]]:
+def places(folder: Path) -> Iterator[tuple[Path | None, int]]:
     """Yield (slide or what looks like one, number of its files), or (None, number of other files)."""
     for root, dirs, names in os.walk(folder):
         here = Path(root)
@@ -303,6 +303,11 @@ def _compiled(pattern: str | None) -> re.Pattern[str] | None:
         return re.compile(pattern) if pattern else None
     except re.error as error:
         raise ConfigError(f"--patient-pattern {pattern!r} is not a regular expression: {error}.") from error
+
+
+def patient_of(pattern: str | None, name: str) -> str | None:
+    """Return the patient that a pattern finds in a path, as `collect` does, or None. Raises ConfigError."""
+    return _patient(_compiled(pattern), name)
 
 
 def _patient(search: re.Pattern[str] | None, name: str) -> str | None:

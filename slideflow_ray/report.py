@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
@@ -73,11 +73,16 @@ def write_report(out: str | Path, cards: int = CARDS) -> Path:
 
 def render(values: Mapping[str, Any]) -> str:
     """Return the page's HTML; every value is escaped."""
+    return template("report.html.j2").render(values)
+
+
+def template(name: str) -> Template:
+    """Return a page's template, which escapes what it is given and knows our filters."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"rate": rate, "interval": interval, "count": count, "percent": percent}
-    return environment.get_template("report.html.j2").render(values)
+    return environment.get_template(name)
 
 
 # numbers

@@ -2,7 +2,7 @@
 
 Progress and errors go to standard error, data to standard output (``--json`` for
 machines). Exit codes: 0 all done, 2 configuration (nothing started), 3 finished with
-failures, 4 infrastructure (run again to resume), 5 verification mismatch, 70 bug,
+failures, 4 infrastructure (run again to resume), 5 verification mismatch, 6 drift, 70 bug,
 130 interrupted (run again to resume).
 """
 

@@ -10,7 +10,8 @@ import typer
 
 from slideflow_ray.storage import place
 
-EXIT_OK, EXIT_CONFIG, EXIT_FAILURES, EXIT_INFRA, EXIT_VERIFY, EXIT_BUG, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 70, 130
+EXIT_OK, EXIT_CONFIG, EXIT_FAILURES, EXIT_INFRA, EXIT_VERIFY, EXIT_DRIFT = 0, 2, 3, 4, 5, 6
+EXIT_BUG, EXIT_INTERRUPTED = 70, 130
 
 
 class ExecutorName(StrEnum):

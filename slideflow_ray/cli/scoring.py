@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import date as Date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slideflow_ray.cli.common import (
+    EXIT_DRIFT,
     EXIT_FAILURES,
     DaskName,
     ExecutorName,
@@ -199,3 +201,27 @@ def repair(
         typer.echo(f"{len(found.units)} units to be done anew{'' if run else again}", err=run)
     if settings is not None:
         _finish_run(run_(*settings, listen=to_stderr()), settings[0], as_json)
+
+
+@commands.command()
+def nightly(
+    settings: Annotated[Path, typer.Argument(help="nightly.toml.", metavar="NIGHTLY.TOML")],
+    date: Annotated[str | None, typer.Option(help="The night's date, as 2026-11-21; default: today.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score what is new or changed since the last night, aggregate the cohort so far, look for drift (exit code 6)."""
+    from slideflow_ray.nightly.night import run_night
+    from slideflow_ray.nightly.spec import load_nightly
+    from slideflow_ray.progress import to_stderr
+
+    night = run_night(load_nightly(settings), _date(date), to_stderr())
+    typer.echo(json.dumps(night.to_json()) if as_json else night.summary())
+    if night.drifted or night.failed:
+        raise typer.Exit(EXIT_DRIFT if night.drifted else EXIT_FAILURES)
+
+
+def _date(text: str | None) -> Date | None:
+    try:
+        return Date.fromisoformat(text) if text else None
+    except ValueError as error:
+        raise ConfigError(f"--date {text!r} is not a date as 2026-11-21.") from error

@@ -1,0 +1,292 @@
+"""nightly: three nights of a clinic, with slides added, replaced, moved, doubled, removed, broken and half copied."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import threading
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from slideflow_ray import cli
+from slideflow_ray.accounting import read_run
+from slideflow_ray.errors import ConfigError, LeaseError
+from slideflow_ray.events import ChunkScored
+from slideflow_ray.lease import lease
+from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
+from slideflow_ray.nightly.drift import compare, stability
+from slideflow_ray.nightly.night import Night, run_night
+from slideflow_ray.nightly.sources import list_sources
+from slideflow_ray.nightly.spec import DriftSpec, load_nightly
+from slideflow_ray.phantoms import halved, write_pyramid, write_slide
+from slideflow_ray.repair import verify
+
+MONDAY, TUESDAY, FRIDAY = date(2026, 11, 16), date(2026, 11, 17), date(2026, 11, 20)
+
+
+def old(path: Path) -> Path:
+    """Say that a file was last changed an hour ago."""
+    then = time.time() - 3600
+    os.utime(path, (then, then))
+    return path
+
+
+def phantom(path: Path, seed: int, stain: float = 1.0) -> Path:
+    """A small H&E slide, its optical density times `stain`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_slide(path, seed=seed, size_px0=(768, 640), tumour=bool(seed % 2))
+    if stain != 1.0:
+        rgb = tifffile.imread(path, key=0)
+        density = -np.log10((rgb.astype(np.float64) + 1) / 256) * stain
+        shifted = np.clip(np.rint(256 * 10**-density - 1), 0, 255).astype(np.uint8)
+        write_pyramid(path, halved(shifted, 2), 0.5)
+    return old(path)
+
+
+@pytest.fixture(scope="module")
+def clinic(bundles, tmp_path_factory) -> Path:
+    """A folder that is watched, a reference of sixteen slides, and nightly.toml."""
+    folder = tmp_path_factory.mktemp("clinic")
+    for seed in range(16):
+        phantom(folder / "reference" / f"r{seed}.tif", seed)
+    rows = "".join(f"r{seed},reference/r{seed}.tif,p{seed},val\n" for seed in range(16))
+    (folder / "reference.csv").write_text(f"slide_id,uri,patient_id,split\n{rows}")
+    shutil.copytree(bundles["aligned"], folder / "bundle")
+    (folder / "inbox").mkdir()
+    (folder / "nightly.toml").write_text(
+        'out = "nightly"\nwatch = ["inbox"]\npatient_pattern = "(p\\\\d+)_"\nrescore = 3\nsettle_s = 60\n'
+        '[[model]]\npath = "bundle"\n[executor]\nworkers = 2\n[reference]\ncohort = "reference.csv"\n'
+        '[alert]\nfile = "alerts.jsonl"\n'
+    )
+    return folder
+
+
+def night(clinic: Path, day: date, listen=lambda event: None) -> Night:
+    return run_night(load_nightly(clinic / "nightly.toml"), day, listen)
+
+
+def main(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    return int(ended.value.code or 0)
+
+
+def test_nights_of_a_clinic(clinic, capsys):
+    inbox = clinic / "inbox"
+    for seed in range(4):
+        phantom(inbox / f"p{seed}_a.tif", 100 + seed)
+    (inbox / "notes.txt").write_text("no slide")
+    first = night(clinic, MONDAY)
+    assert first.source == {"new": 4, "changed": 0, "renamed": 0, "unchanged": 0, "duplicate": 0, "waiting": 0}
+    assert first.accounted == {"done": 4, "failed": 0, "refused": 0, "duplicate": 0, "waiting": 0, "turn": 0}
+    assert (first.others, first.missed, first.drifted) == (1, (), ())
+    assert len(first.tonight) >= 5
+    assert all(m.n == 4 and m.m == 16 for m in first.tonight)
+    record = read_run(clinic / "nightly" / "results")
+    assert [item["patient_id"] for item in record["items"]] == ["p0", "p1", "p2", "p3"]
+    assert not (clinic / "nightly" / "nights" / "2026-11-16" / "alert.json").exists()
+
+    # a replaced, a removed, a moved, a doubled, a touched, a broken and a half-copied one; two of them are new
+    phantom(inbox / "p0_a.tif", 200)
+    (inbox / "p1_a.tif").unlink()
+    old((inbox / "p2_a.tif").rename(inbox / "p2_moved.tif"))
+    os.utime(inbox / "p3_a.tif", (time.time() - 7200,) * 2)
+    old(shutil.copy(inbox / "p3_a.tif", inbox / "p3_copy.tif"))
+    whole = phantom(clinic / "whole.tif", 201).read_bytes()
+    (inbox / "p5_broken.tif").write_bytes(whole[: len(whole) // 2])
+    old(inbox / "p5_broken.tif")
+    (inbox / "p6_half.tif").write_bytes(whole[: len(whole) // 3])  # now
+    phantom(inbox / "p7_b.tif", 202)
+    scored: list = []
+    second = night(clinic, TUESDAY, scored.append)
+    assert set(second.new) == {"p7_b", "p5_broken"}
+    assert second.changed == ("p0_a",)
+    assert second.renamed == ("p2_a",)  # it keeps its id
+    assert second.removed == ("p1_a",)
+    assert [Path(uri).name for uri in second.waiting] == ["p6_half.tif"]
+    assert [Path(uri).name for uri in second.duplicates] == ["p3_copy.tif"]
+    assert second.ended["p5_broken"]["code"].startswith("E_")
+    assert second.accounted == {"done": 4, "failed": 0, "refused": 1, "duplicate": 1, "waiting": 1, "turn": 0}
+    assert {e.slide_id for e in scored if isinstance(e, ChunkScored)} == {"p0_a", "p7_b"}
+    assert {i["slide_id"] for i in read_run(clinic / "nightly" / "results")["items"]} == {
+        "p0_a",
+        "p2_a",
+        "p3_a",
+        "p5_broken",
+        "p7_b",
+    }
+
+    # the copy is whole, the broken one mended; nights were missed
+    (inbox / "p6_half.tif").write_bytes(whole)
+    old(inbox / "p6_half.tif")
+    phantom(inbox / "p5_broken.tif", 203)
+    third = night(clinic, FRIDAY)
+    assert third.missed == ("2026-11-18", "2026-11-19")
+    assert (third.new, third.changed, third.drifted) == (("p6_half",), ("p5_broken",), ())
+    assert third.accounted == {"done": 6, "failed": 0, "refused": 0, "duplicate": 1, "waiting": 0, "turn": 0}
+
+    # five slides come in another stain
+    for seed in range(5):
+        phantom(inbox / f"p1{seed}_dark.tif", 300 + seed, stain=1.9)
+    assert main(["nightly", str(clinic / "nightly.toml"), "--date", "2026-11-20", "--json"]) == 6
+    fourth = json.loads(capsys.readouterr().out)
+    assert fourth["name"] == "2026-11-20-2"
+    assert len(fourth["new"]) == 5
+    assert {text.split(" of ")[0] for text in fourth["drift"]} >= {"stain, red", "stain, green", "stain, blue"}
+    assert not any("tissue" in text for text in fourth["drift"])
+    folder = clinic / "nightly" / "nights" / fourth["name"]
+    assert json.loads((folder / "alert.json").read_text())["drift"] == fourth["drift"]
+    assert len((clinic / "alerts.jsonl").read_text().splitlines()) == 1
+    assert "Drift." in (folder / "night.html").read_text()
+    assert (folder / "report.html").exists()
+
+    # another bundle: three of eleven each night, and its scores stay apart from the earlier one's
+    card = read_card(clinic / "bundle")
+    weights = {name: value * 1.1 for name, value in load_weights(clinic / "bundle").items()}
+    write_bundle(clinic / "bundle", card, weights, overwrite=True)
+    text = (clinic / "nightly.toml").read_text().replace("[reference]", "[keep]\nnights = 2\nsuperseded = false\n#")
+    (clinic / "nightly.toml").write_text(text.replace('cohort = "reference.csv"', ""))
+    fifth = night(clinic, date(2026, 11, 21))
+    assert fifth.accounted == {"done": 3, "failed": 0, "refused": 0, "duplicate": 1, "waiting": 0, "turn": 8}
+    assert set(fifth.rescored) <= set(fourth["new"])  # the latest first
+    record = read_run(clinic / "nightly" / "results")
+    assert set(record["outcomes"]) == set(fifth.rescored)
+    assert {node for o in record["outcomes"].values() for _, node in o["grids"]} == {record["models"][0]["node"]}
+    assert f"nights/{MONDAY}" in fifth.pruned
+    nodes = [node for node in fifth.pruned if ": scores/" in node]
+    assert {node.split(":")[0] for node in nodes} == set(fifth.rescored)  # the others keep what they have
+    assert verify(clinic / "nightly" / "results")[1] == []
+    sixth = night(clinic, date(2026, 11, 22))
+    assert (sixth.accounted["done"], sixth.accounted["turn"]) == (6, 5)
+    assert not set(sixth.rescored) & set(fifth.rescored)
+
+
+def test_two_nights_never_overlap(clinic):
+    (clinic / "nightly").mkdir(exist_ok=True)
+    with lease(clinic / "nightly"), pytest.raises(LeaseError, match="in use"):
+        night(clinic, FRIDAY)
+
+
+# what is there
+
+
+def test_a_file_that_has_just_changed_waits_unless_it_was_seen_so(clinic, tmp_path):
+    shutil.copy(clinic / "nightly.toml", tmp_path / "nightly.toml")
+    phantom(tmp_path / "inbox" / "a.tif", 1)
+    spec = load_nightly(tmp_path / "nightly.toml")
+    (uri,) = list_sources(spec, {}).slides
+    assert list_sources(spec, {}).slides[uri].waits == ""
+    os.utime(tmp_path / "inbox" / "a.tif")
+    found = list_sources(spec, {}).slides[uri]
+    assert "ago" in found.waits
+    assert list_sources(spec, {uri: found.seen}).slides[uri].waits == ""
+
+
+def test_rows_of_a_cohort_say_more_of_slides_that_are_watched(clinic, tmp_path):
+    phantom(tmp_path / "inbox" / "a.tif", 1)
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,label,split\nA,inbox/a.tif,tumor,test\nB,gone.tif,normal,val\n")
+    text = (clinic / "nightly.toml").read_text()
+    (tmp_path / "nightly.toml").write_text(f'cohort = "cohort.csv"\n{text}')
+    listing = list_sources(load_nightly(tmp_path / "nightly.toml"), {})
+    by_id = {source.item.slide_id: source for source in listing.slides.values() if source.item}
+    assert by_id["A"].item.label == "tumor"
+    assert by_id["B"].problem == "it is not there"
+    assert len(listing.slides) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('out = "o"\n[[model]]\npath = "b"\n', "watch"),
+        ('out = "o"\nwatch = ["w"]\n', "model"),
+        ('out = "o"\nwatch = ["w"]\nwach = 3\n[[model]]\npath = "b"\n', "wach"),
+        ('out = "o"\nwatch = ["w"]\n[[model]]\npath = "b"\n[drift]\npsi = -1\n', "psi"),
+        ("out = ", "TOML"),
+    ],
+)
+def test_a_bad_setting_is_named(text, said, tmp_path):
+    (tmp_path / "nightly.toml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_nightly(tmp_path / "nightly.toml")
+
+
+def test_a_folder_that_is_not_there_is_no_empty_folder(clinic, tmp_path):
+    """A share that is not mounted must not make every slide a removed one."""
+    shutil.copy(clinic / "nightly.toml", tmp_path / "nightly.toml")
+    with pytest.raises(ConfigError, match="not a folder"):
+        list_sources(load_nightly(tmp_path / "nightly.toml"), {})
+
+
+# drift
+
+
+def test_stability_is_the_sum_of_the_textbook():
+    rng = np.random.default_rng(0)
+    before, now = rng.normal(size=400), rng.normal(0.5, 1, 300)
+    psi, _ = stability(now, before, 0.01)
+    edges = np.concatenate([[-np.inf], np.quantile(before, np.linspace(0, 1, 11)[1:-1]), [np.inf]])
+    p, q = ((np.histogram(values, edges)[0] + 0.5) / (len(values) + 5) for values in (before, now))
+    assert psi == pytest.approx(sum((b - a) * np.log(b / a) for a, b in zip(p, q, strict=True)))
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 30), (50, 100)])
+def test_without_change_there_is_hardly_ever_an_alarm(n, m):
+    rng = np.random.default_rng(1)
+    spec = DriftSpec()
+    alarms = 0
+    for _ in range(200):
+        before, now = ([{name: float(rng.normal()) for name in "abcde"} for _ in range(k)] for k in (m, n))
+        alarms += any(measure.drift for measure in compare(now, before, spec))
+    assert alarms <= 8  # alpha is 0.01 for all measures together, by two tests
+
+
+@pytest.mark.parametrize(("shift", "n"), [(3.0, 6), (1.2, 40)])
+def test_a_shift_is_found_in_the_measure_that_shifts(shift, n):
+    rng = np.random.default_rng(2)
+    before = [{"a": float(rng.normal()), "b": float(rng.normal())} for _ in range(100)]
+    now = [{"a": float(rng.normal(shift)), "b": float(rng.normal())} for _ in range(n)]
+    assert {m.name: m.drift for m in compare(now, before, DriftSpec())} == {"a": True, "b": False}
+
+
+def test_too_few_slides_are_not_judged():
+    (measure,) = compare([{"a": 99.0}], [{"a": 0.0}] * 50, DriftSpec())
+    assert not measure.drift
+    assert "1 new slides and 50" in measure.why
+
+
+# alerts
+
+
+def test_an_alert_is_posted_and_a_dead_address_ends_nothing(tmp_path):
+    from slideflow_ray.nightly.alert import raise_alert
+    from slideflow_ray.nightly.spec import AlertSpec
+
+    got = []
+
+    class Hook(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/hook"
+        raise_alert(AlertSpec(webhook=address), tmp_path, "2026-11-21", ["stain: PSI 3"])
+        server.shutdown()
+    assert got[0]["drift"] == ["stain: PSI 3"]
+    assert json.loads((tmp_path / "alert.json").read_text())["told"] == ["webhook: 204"]
+    raise_alert(AlertSpec(webhook=address), tmp_path, "2026-11-21", ["stain: PSI 3"])
+    assert "refused" in json.loads((tmp_path / "alert.json").read_text())["told"][0]
+    with pytest.raises(ConfigError, match="link-local"):
+        raise_alert(AlertSpec(webhook="http://169.254.169.254/x"), tmp_path, "n", ["x"])
