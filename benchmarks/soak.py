@@ -73,7 +73,7 @@ def bury(folder: Path) -> None:
 
 def ended_alone(folder: Path) -> None:
     """Exit unless all that a run started is gone a while after it has ended by itself."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60  # a worker that was being started when its raylet was killed takes half a minute
     while left := marked(str(folder)):
         if time.monotonic() > deadline:
             names = [" ".join(process.cmdline())[:80] for process in left if process.is_running()]
