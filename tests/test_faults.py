@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -125,3 +128,85 @@ def test_under_ray_every_fault_ends_as_the_table_says(name, marked, bundles, ref
     spec = values(marked, bundles, tmp_path / "out", kind="ray", address=address)
     shutil.copytree(reference / "profiles", tmp_path / "out/profiles")  # asking a worker for it takes five seconds
     as_the_table_says(name, spec, strikes, reference)
+
+
+# nodes
+
+
+@pytest.fixture(scope="module")
+def many(marked, bundles, tmp_path_factory) -> dict:
+    """What run.toml says of thirty slides in small chunks, and an undisturbed run of it."""
+    folder = tmp_path_factory.mktemp("many")
+    rows = "".join(f"{name}{i},{marked / name}.tif,tem\n" for i in range(10) for name in "abc")
+    (folder / "cohort.csv").write_text(f"slide_id,uri,modality\n{rows}")
+    spec = values(folder, bundles, folder / "out", task_deadline_s=300, silence_s=60) | {"store": {"chunk_rows": 8}}
+    run(RunSpec.parse(spec, "test"))
+    return spec
+
+
+@pytest.fixture
+def cluster(strikes, monkeypatch, ray_env):
+    """A Ray of two nodes of one core each, with ports and processes of its own."""
+    from ray.cluster_utils import Cluster
+
+    short = Path(tempfile.mkdtemp(prefix="nodes"))  # the names of sockets are short
+    monkeypatch.setenv(MARK, str(strikes))
+    monkeypatch.setenv("RAY_TMPDIR", str(short))
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    worker = made.add_node(num_cpus=1)
+    yield made.gcs_address, _pids(made.head_node), _pids(worker)
+    end_marked(str(strikes))
+    made.shutdown()
+    shutil.rmtree(short, ignore_errors=True)
+
+
+def _pids(node) -> list[int]:
+    """The processes of a node's own, the GCS among the head's; its workers die with its raylet."""
+    return [info.process.pid for name in ("gcs_server", "raylet") for info in node.all_processes.get(name, [])]
+
+
+def struck(spec: dict, address: str, out: Path, strikes: Path, victims: list[int]) -> tuple[int, str, float]:
+    """Start a run on a cluster, kill these processes when some slides are done; return how, and how soon, it ended."""
+    told = {**spec, "out": str(out), "executor": {**spec["executor"], "kind": "ray", "address": address}}
+    (strikes / "spec.json").write_text(json.dumps(told))
+    command = [sys.executable, "-m", "tests.drive", str(strikes / "spec.json")]
+    env = {**os.environ, MARK: str(strikes), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("commits/*/scores"))) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    said = process.communicate(timeout=240)[0]
+    return process.returncode, said, time.monotonic() - began
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_a_node_that_is_lost_costs_its_work_and_nothing_else(many, cluster, strikes, tmp_path):
+    address, _, worker = cluster
+    code, said, _ = struck(many, address, tmp_path / "out", strikes, worker)
+    assert code == 0, said
+    assert "WorkerDied" in said
+    assert "E_QUARANTINE" not in said
+    assert strays(tmp_path / "out") == []
+    assert tree_digest(tmp_path / "out") == tree_digest(Path(many["out"]))
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_a_head_that_is_lost_ends_the_driver_soon_and_the_run_goes_on_elsewhere(many, cluster, strikes, tmp_path):
+    address, head, _ = cluster
+    code, said, seconds = struck(many, address, tmp_path / "out", strikes, head)
+    assert code == 4, said
+    assert seconds < 90
+    assert "E_INFRA: " in said
+    assert "is gone" in said
+    assert "run the same command again: it resumes" in said
+    again = drive({**many, "out": str(tmp_path / "out")}, "", strikes)
+    assert again.returncode == 0, again.stderr
+    assert strays(tmp_path / "out") == []
+    assert tree_digest(tmp_path / "out") == tree_digest(Path(many["out"]))

@@ -220,7 +220,11 @@ class RayPool:
         """Return the compute profile of a worker: the driver may be a laptop without the GPU."""
         options: dict[str, Any] = {"num_gpus": 1} if self.gpus else {"num_cpus": 1, "runtime_env": _NO_GPU}
         try:
-            found: ComputeProfile = _get(ray.remote(**options)(_resolve).remote(compute))
+            answer = ray.remote(**options)(_resolve).remote(compute)
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not ray.wait([answer], timeout=TICK_S)[0] and time.monotonic() < deadline:
+                self._head.look()
+            found: ComputeProfile = _get(answer, timeout_s=1)
         except (*LOSSES, GetTimeoutError) as error:
             raise InfrastructureError(f"No worker could say what it computes with: {_first_line(error)}") from error
         return found
@@ -559,10 +563,10 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _get(ref: Any) -> Any:
+def _get(ref: Any, timeout_s: float = START_TIMEOUT_S) -> Any:
     """ray.get with our own errors raised as themselves; losses and time-outs stay what they are."""
     try:
-        return ray.get(ref, timeout=START_TIMEOUT_S)
+        return ray.get(ref, timeout=timeout_s)
     except (*LOSSES, GetTimeoutError):
         raise
     except RayError as error:
