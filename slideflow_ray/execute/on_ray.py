@@ -7,6 +7,7 @@ worker nor a model that crashes while loading goes on for ever.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -14,7 +15,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,8 @@ class RayPool:
 
     def load(self, context: Context) -> None:
         """Start the actors; they load the models when the first chunk comes."""
-        self._context = ray.put(context)
+        with _asked():
+            self._context = ray.put(context)
         shares = self._shares([model.node for model in context.models])
         self._parts = Parts([share for share in shares if share is not None])
         self._workers = [self._start(Worker(f"worker {i}", i, models=share)) for i, share in enumerate(shares)]
@@ -533,8 +535,20 @@ class Head:
 
 
 def _nodes() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    with _asked():
+        found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return found
+
+
+@contextlib.contextmanager
+def _asked() -> Iterator[None]:
+    """Raise InfrastructureError where the cluster does not answer what it is asked."""
+    try:
+        yield
+    except (RayError, ConnectionError) as error:
+        raise InfrastructureError(
+            f"The Ray cluster does not answer: {_first_line(error)}", next_step=HEADLESS
+        ) from error
 
 
 def _is_gone(node: str) -> bool:
@@ -555,7 +569,8 @@ def _answers(host: str, port: int) -> bool:
 
 def resources() -> dict[str, float]:
     """Return what the cluster has: CPU, GPU, memory, ..."""
-    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    with _asked():
+        found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return found
 
 
@@ -591,8 +606,8 @@ def connect(spec: ExecutorSpec) -> bool:
         options |= {"include_dashboard": False, "num_cpus": spec.workers or None}
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise InfrastructureError(f"No Ray at {address}: {error}") from error
+    except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:  # its head may die meanwhile
+        raise InfrastructureError(f"No Ray at {address}: {_first_line(error)}") from error
     _protect_token()
     return True
 
