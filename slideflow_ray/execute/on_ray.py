@@ -208,7 +208,9 @@ class RayPool:
         self.gpus = int(have.get("GPU", 0)) if use_gpus else 0
         found = self.gpus or max(1, int(have.get("CPU", 1)))
         self.workers = min(spec.workers, found) if spec.workers and self.gpus else spec.workers or found
-        self._cpus_each = min(1.0, have.get("CPU", 1.0) / self.workers)
+        cpus = have.get("CPU", 1.0) / self.workers
+        self._cpus_each = min(1.0, cpus)
+        self._share = min(1.0, math.floor(1e4 * cpus / (spec.readers_per_gpu + 1)) / 1e4)  # Ray counts in 1e-4
         self._workers: list[Worker] = []
         self._waiting: deque[Task] = deque()
         self._context: Any = None
@@ -272,16 +274,17 @@ class RayPool:
         return fused.options(max_restarts=0, max_task_retries=0, **options).remote(self._context)
 
     def _gpu_actors(self, worker: Worker) -> list[Any]:
-        """A placement group for each GPU, created singly, so that pixels never cross the network."""
-        k = self.spec.readers_per_gpu
-        cpus = resources().get("CPU", 1.0) / self.workers
-        share = min(1.0, math.floor(1e4 * cpus / (k + 1)) / 1e4)  # Ray counts in 1e-4
-        group = worker.group or placement_group(
-            [{"GPU": 1, "CPU": share}, *[{"CPU": share}] * k], strategy="STRICT_PACK"
-        )
-        worker.group = group
-        if not group.wait(START_TIMEOUT_S):
-            raise InfrastructureError("No node has a free GPU with the cores for its readers.")
+        """A placement group for each GPU, created singly, so that pixels never cross the network.
+
+        One whose node is lost is placed anew by Ray when there is room; its actors wait for that, the run does not.
+        """
+        k, share = self.spec.readers_per_gpu, self._share
+        group = worker.group
+        if group is None:
+            group = placement_group([{"GPU": 1, "CPU": share}, *[{"CPU": share}] * k], strategy="STRICT_PACK")
+            worker.group = group
+            if not group.wait(START_TIMEOUT_S):
+                raise InfrastructureError("No node has a free GPU with the cores for its readers.")
 
         def start(kind: type, bundle: int, *arguments: Any, **options: Any) -> Any:
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
@@ -606,7 +609,7 @@ def connect(spec: ExecutorSpec) -> bool:
         options |= {"include_dashboard": False, "num_cpus": spec.workers or None}
     try:
         ray.init(**options)
-    except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:  # its head may die meanwhile
+    except Exception as error:  # noqa: BLE001 - a head that dies meanwhile comes out as a bare Exception too
         raise InfrastructureError(f"No Ray at {address}: {_first_line(error)}") from error
     _protect_token()
     return True
