@@ -609,7 +609,7 @@ def connect(spec: ExecutorSpec) -> bool:
         options |= {"include_dashboard": False, "num_cpus": spec.workers or None}
     try:
         ray.init(**options)
-    except Exception as error:  # noqa: BLE001 - a head that dies meanwhile comes out as a bare Exception too
+    except Exception as error:  # a head that dies meanwhile comes out as a bare Exception too
         raise InfrastructureError(f"No Ray at {address}: {_first_line(error)}") from error
     _protect_token()
     return True
