@@ -166,12 +166,18 @@ class RunGraph:
             self._listen(SlideFailed(slide_id, ended.code, ended.message, ended.status == "refused"))
 
     def _lost(self, lost: Lost) -> None:
-        """Repeat what a dead worker held, each task alone; a slide that dies twice alone is quarantined."""
+        """Repeat what a dead worker held, each task alone; a slide that dies twice alone is quarantined.
+
+        Where no task is to blame (a node died), nothing is counted against any.
+        """
         slides = tuple(dict.fromkeys(task.slide_id for task in lost.tasks))
         self._listen(WorkerDied(lost.worker, slides, lost.cause))
         alone = len(lost.tasks) == 1
         for task in lost.tasks:
             if task.slide_id in self.ended:
+                continue
+            if lost.blameless:
+                self._again.append(task)
                 continue
             self._deaths[task.slide_id] += alone
             if self._deaths[task.slide_id] >= DEATHS_ALONE:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from slideflow_ray import pipeline, store
@@ -101,16 +102,46 @@ class SlideReaderTests:
             pickle.dumps(reader)
 
 
+# processes
+
+MARK = "SLIDEFLOW_RAY_TEST"
+"""Names the environment variable by which the processes of a test's run are found, whoever became their parent."""
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Return the processes, but for this one, in whose environment MARK is `mark`: a run and all that it started."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
+
+
+def end_marked(mark: str, within_s: float = 30.0) -> None:
+    """Kill the processes with that mark, until there are none. Raises TimeoutError."""
+    deadline = time.monotonic() + within_s
+    while left := marked(mark):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{len(left)} processes of {mark} cannot be ended.")
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=2)
+
+
 # faults
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault: what happens (kill, stop, hang, memory, nan) where, how often at most, and what must come of it.
+    """A fault: what happens (kill, stop, hang, memory), where, how often at most, and what must come of it.
 
-    where : a name of `POINTS`. slide : whose task meets it, "" any. ends : "same bytes" of this run, "resumes" (the
-    driver dies; the same run again has the same bytes), "gives up" (with code 4), or the code in which `slide` ends
-    while the others are done.
+    where : a name of `POINTS`. slide : whose task meets it, "" any. times : how often it strikes at most, after :
+    how many such calls pass unharmed before, both counted over all processes. ends : "same bytes" of this run,
+    "resumes" (the driver dies; the same run again has the same bytes), "gives up" (with code 4), "dies, then gives
+    up" (the driver dies, and the same run again gives up), or the code in which `slide` ends while the others are
+    done. on_ray : how it ends there, where that is different: models are in the driver inline, and in actors there.
     """
 
     act: str
@@ -118,27 +149,48 @@ class Fault:
     ends: str
     slide: str = ""
     times: int = 1
+    after: int = 0
+    on_ray: str = ""
+
+    def ends_on(self, executor: str) -> str:
+        """Return how it ends under an executor."""
+        return (self.on_ray if executor == "ray" else "") or self.ends
 
 
 FAULTS = {
-    "killed inside a chunk's write": Fault("kill", "chunk's write", "same bytes"),
-    "killed between chunk and commit": Fault("kill", "commit", "same bytes"),
-    "killed inside a plan": Fault("kill", "plan", "same bytes"),
+    "killed inside the first plan": Fault("kill", "plan", "same bytes"),
+    "killed inside a later plan": Fault("kill", "plan", "same bytes", slide="c", after=3),
+    "killed before a plan's commit": Fault("kill", "plan's commit", "same bytes", slide="b", after=1),
     "killed while reading": Fault("kill", "read", "same bytes"),
+    "killed while reading a second chunk": Fault("kill", "read", "same bytes", slide="b", after=1),
+    "killed inside the first write of a chunk's tiles": Fault("kill", "tiles' write", "same bytes"),
+    "killed inside a later write of a chunk's tiles": Fault("kill", "tiles' write", "same bytes", slide="b", after=1),
+    "killed inside a chunk's first write of scores": Fault("kill", "scores' write", "resumes", on_ray="same bytes"),
+    "killed inside a chunk's later write of scores": Fault(
+        "kill", "scores' write", "resumes", slide="b", after=2, on_ray="same bytes"
+    ),
+    "killed while scoring": Fault("kill", "score", "resumes", on_ray="same bytes"),
+    "killed while scoring in the middle": Fault("kill", "score", "resumes", slide="a", after=3, on_ray="same bytes"),
     "killed inside derive": Fault("kill", "derive", "same bytes"),
-    "killed while scoring": Fault("kill", "score", "resumes"),
-    "driver killed between two events": Fault("kill", "driver", "resumes"),
+    "killed inside the last derive": Fault("kill", "derive", "same bytes", after=2),
+    "killed between chunk and commit": Fault("kill", "scores' commit", "same bytes"),
+    "killed between the last chunk and its commit": Fault("kill", "scores' commit", "same bytes", after=2),
+    "killed between heatmap and commit": Fault("kill", "heatmap's commit", "resumes", after=1),
+    "driver killed at the first event": Fault("kill", "driver", "resumes"),
+    "driver killed between two events": Fault("kill", "driver", "resumes", after=9),
     "stopped while reading": Fault("stop", "read", "same bytes"),
+    "stopped inside a later plan": Fault("stop", "plan", "same bytes", slide="c", after=3),
     "a read that hangs": Fault("hang", "read", "same bytes"),
+    "a later read that hangs": Fault("hang", "read", "same bytes", slide="b", after=1),
     "a read that always hangs": Fault("hang", "read", "E_QUARANTINE", slide="b", times=99),
     "a slide that kills its reader": Fault("kill", "read", "E_QUARANTINE", slide="b", times=99),
-    "no memory once": Fault("memory", "score", "same bytes"),
-    "no memory on the GPU once": Fault("gpu memory", "score", "same bytes"),
-    "never enough memory": Fault("memory", "score", "E_OUT_OF_MEMORY", slide="b", times=99),
-    "a model that returns NaN": Fault("nan", "score", "E_NAN_SCORE", slide="b", times=99),
-    "a model that kills who loads it": Fault("kill", "load", "gives up", times=99),
+    "no memory once (simulated)": Fault("memory", "score", "same bytes"),
+    "no memory on the GPU once (simulated)": Fault("gpu memory", "score", "same bytes", after=4),
+    "never enough memory (simulated)": Fault("memory", "score", "E_OUT_OF_MEMORY", slide="b", times=99),
+    "a model that kills who loads it": Fault("kill", "load", "dies, then gives up", times=99, on_ray="gives up"),
+    "a model that once kills who loads it": Fault("kill", "load", "resumes", on_ray="same bytes"),
 }
-"""Faults and what must come of them, for both executors."""
+"""Faults and what must come of them, for both executors. Memory is not really used up: that it is, is simulated."""
 
 
 def install(name: str, folder: Path) -> None:
@@ -151,18 +203,24 @@ def install(name: str, folder: Path) -> None:
     original = getattr(owner, function)
 
     def struck(*arguments: Any, **options: Any) -> Any:
-        if fault.slide in ("", slide_of(*arguments)) and _claim(folder, fault.times):
+        slide = slide_of(*arguments)
+        if slide is not None and fault.slide in ("", slide) and _strikes(fault, folder):
             _ACTS[fault.act]()
         return original(*arguments, **options)
 
     setattr(owner, function, struck)
 
 
-def _claim(folder: Path, times: int) -> bool:
-    """Take one of so many strikes; whoever creates the file has it."""
+def _strikes(fault: Fault, folder: Path) -> bool:
+    """Return whether this call is struck: neither one of the first that pass, nor beyond the last."""
+    return not _claim(folder, "pass", fault.after) and _claim(folder, "strike", fault.times)
+
+
+def _claim(folder: Path, what: str, times: int) -> bool:
+    """Take one of so many turns; whoever creates the file has it."""
     for i in range(times):
         with contextlib.suppress(FileExistsError):
-            os.close(os.open(folder / f"strike-{i}", os.O_CREAT | os.O_EXCL))
+            os.close(os.open(folder / f"{what}-{i}", os.O_CREAT | os.O_EXCL))
             return True
     return False
 
@@ -181,19 +239,12 @@ def _no_gpu_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
 
 
-def _nan() -> None:
-    from slideflow_ray.errors import NanScore
-
-    raise NanScore("simulated")
-
-
 _ACTS: dict[str, Callable[[], None]] = {
     "kill": _kill,
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": lambda: time.sleep(3600),
     "memory": _no_memory,
     "gpu memory": _no_gpu_memory,
-    "nan": _nan,
 }
 
 
@@ -201,18 +252,45 @@ def _of_chunk(context: Any, chunk: Any, *rest: Any) -> str:
     return str(chunk.item.slide_id)
 
 
-def _nobody(*arguments: Any) -> str:
+def _of_plan(context: Any, plan: Any) -> str:
+    return str(plan.item.slide_id)
+
+
+def _of_group(store: Any, *rest: Any) -> str:
+    return str(store.slide_id)
+
+
+def _of_commit(folder: str) -> Callable[..., str | None]:
+    """Whose commit it is, of nodes in `folder`."""
+    return lambda store, node, *rest: str(store.slide_id) if node.split("/")[0] == folder else None
+
+
+def _of_chunk_file(kind: str) -> Callable[..., str | None]:
+    """Whose chunk a file is of which zarr has written *.partial and not yet renamed it; None for any other file."""
+    pattern = re.compile(rf"/slides/([^/]+)\.zarr/{kind}/c/")
+
+    def slide_of(partial: Path, target: Any) -> str | None:
+        found = pattern.search(str(target))
+        return found[1] if found else None
+
+    return slide_of
+
+
+def _any(*arguments: Any) -> str:
     return ""
 
 
-POINTS: dict[str, tuple[Any, str, Callable[..., str]]] = {
-    "plan": (store.SlideStore, "make_group", _nobody),
+POINTS: dict[str, tuple[Any, str, Callable[..., str | None]]] = {
+    "plan": (store.SlideStore, "make_group", _of_group),
+    "plan's commit": (store.SlideStore, "commit", _of_commit("grids")),
     "read": (pipeline, "read_chunk", _of_chunk),
+    "tiles' write": (Path, "replace", _of_chunk_file("grids/[^/]+/tiles")),
     "score": (pipeline, "score_chunk", _of_chunk),
-    "derive": (pipeline, "derive", _nobody),
-    "commit": (store.SlideStore, "commit", _nobody),
-    "chunk's write": (Path, "replace", _nobody),  # zarr has written *.partial and not yet renamed it
-    "driver": (RunGraph, "told", _nobody),
-    "load": (worker.ModelScorer, "load", _nobody),
+    "scores' write": (Path, "replace", _of_chunk_file("scores/[^/]+/[^/]+")),
+    "derive": (pipeline, "derive", _of_plan),
+    "scores' commit": (store.SlideStore, "commit", _of_commit("scores")),
+    "heatmap's commit": (store.SlideStore, "commit", _of_commit("heatmaps")),
+    "driver": (RunGraph, "told", _any),
+    "load": (worker.ModelScorer, "load", _any),
 }
-"""Where a fault may strike: an owner and its function, and whose slide a call is about."""
+"""Where a fault may strike: an owner, its function, and whose slide a call is about, None where it does not count."""

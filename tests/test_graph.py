@@ -149,3 +149,17 @@ def test_a_failed_slide_is_not_handed_out_again():
     assert not graph.finished  # the others are still in flight
     graph.told(Done(second, 10))
     assert graph.ended["s"].code == "E_READ"
+
+
+@pytest.mark.parametrize("blameless", [True, False])
+def test_a_death_that_no_task_is_to_blame_for_is_not_counted(blameless):
+    graph = RunGraph([item("s")])
+    (task,) = graph.ready(4)
+    for _ in range(5):
+        graph.told(execute.Lost("w", (task,), "its node died", blameless=blameless))
+        if graph.finished:
+            break
+        (task,) = graph.ready(4)
+        assert task.alone is not blameless
+    assert graph.finished is not blameless
+    assert [e.code for e in graph.ended.values()] == ([] if blameless else ["E_QUARANTINE"])

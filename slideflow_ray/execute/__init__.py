@@ -64,12 +64,16 @@ class Failed:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker died with these tasks in flight; `memory` where it is known that it had taken too much of it."""
+    """A worker died with these tasks in flight; `memory` where it is known that it had taken too much of it.
+
+    `blameless`: none of the tasks had to do with it: the node died, or the worker while it came up.
+    """
 
     worker: str
     tasks: tuple[Task, ...]
     cause: str
     memory: bool = False
+    blameless: bool = False
 
 
 Outcome = Done | Failed | Lost

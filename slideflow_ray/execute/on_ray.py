@@ -7,6 +7,7 @@ worker nor a model that crashes while loading goes on for ever.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -14,7 +15,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,13 @@ PULSE_S = 10.0
 """How often a worker with work is asked how long it has been at it."""
 PULSE: dict[str, Any] = {"concurrency_groups": {"pulse": 1}}
 """A thread of its own in every actor, so that one at work answers and one that is stopped does not."""
+HEAD_S = 5.0
+"""How often the driver looks whether the head, and its own node, still answer."""
+HEAD_LOST_S = 30.0
+"""How long a head may be away, as one is that starts anew; after a minute Ray ends the driver without a word."""
 CONNECT_TIMEOUT_S = 10
+ANSWER_S = 2.0
+HEADLESS = "Start the cluster again, or use another (or --executor inline), and run the same command again: it resumes."
 GIVEN_UP = "Look at the cause (a bundle that kills who loads it, too little memory), then run the same command again."
 _NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}}
 
@@ -66,10 +73,14 @@ class Fused:
         self._scorer = ModelScorer(context)
         self._turn = threading.Lock()
 
-    def load(self) -> int:
-        """Load the models; return the process id. Raises ProfileError, BundleError."""
+    def where(self) -> str:
+        """Return the node, once alive."""
+        return _node()
+
+    def load(self) -> str:
+        """Load the models; return the node. Raises ProfileError, BundleError."""
         self._scorer.load()
-        return os.getpid()
+        return _node()
 
     @ray.method(concurrency_group="pulse")
     def pulse(self) -> tuple[float, str]:
@@ -95,10 +106,14 @@ class GpuScorer:
         self._scorer = ModelScorer(context, models)
         self._turn = threading.Lock()
 
-    def load(self) -> int:
-        """Load the models; return the process id."""
+    def where(self) -> str:
+        """Return the node, once alive."""
+        return _node()
+
+    def load(self) -> str:
+        """Load the models; return the node. Raises ProfileError, BundleError."""
         self._scorer.load()
-        return os.getpid()
+        return _node()
 
     @ray.method(concurrency_group="pulse")
     def pulse(self) -> tuple[float, str]:
@@ -120,9 +135,11 @@ class RemoteReader:
     def __init__(self, context: Context) -> None:
         self._reader = Reader(context)
 
-    def load(self) -> int:
-        """Return the process id, once alive."""
-        return os.getpid()
+    def where(self) -> str:
+        """Return the node, once alive."""
+        return _node()
+
+    load = where
 
     @ray.method(concurrency_group="pulse")
     def pulse(self) -> tuple[float, str]:
@@ -138,13 +155,22 @@ class RemoteReader:
         return self._reader.read(task)
 
 
+def _node() -> str:
+    found: str = ray.get_runtime_context().get_node_id()
+    return found
+
+
 def _resolve(compute: ComputeSpec) -> ComputeProfile:
     return resolve(compute)
 
 
 @dataclass
 class Worker:
-    """One place that takes tasks: a fused actor, or a scorer with its readers. `models` are those it has."""
+    """One place that takes tasks: a fused actor, or a scorer with its readers. `models` are those it has.
+
+    `loading` are the answers that are still due until it is up, and it takes no task before; `waited_s` since the
+    first was asked for, or since the last pulse. `used`: it has been given a task. `kept_for`: it is new for that one.
+    """
 
     name: str
     index: int
@@ -154,8 +180,12 @@ class Worker:
     turn: int = 0
     starts: int = 0
     models: frozenset[str] | None = None
+    loading: list[Any] = field(default_factory=list)
     pulses: list[Any] = field(default_factory=list)
-    pulsed_s: float = 0.0
+    waited_s: float = 0.0
+    node: str = ""
+    used: bool = False
+    kept_for: Task | None = None
     cause: str = ""
 
     def has(self, task: Task) -> bool:
@@ -163,9 +193,9 @@ class Worker:
         return self.models is None or not task.loads_models or self.models.issuperset(task.payload.models)
 
     @property
-    def exclusive(self) -> bool:
-        """Whether a task that must be alone is in flight here."""
-        return any(task.alone for task in self.flight.values())
+    def open(self) -> bool:
+        """Whether it takes tasks: it is up, not kept for one, and none that must be alone is in flight."""
+        return not self.loading and self.kept_for is None and not any(task.alone for task in self.flight.values())
 
 
 class RayPool:
@@ -178,27 +208,34 @@ class RayPool:
         self.gpus = int(have.get("GPU", 0)) if use_gpus else 0
         found = self.gpus or max(1, int(have.get("CPU", 1)))
         self.workers = min(spec.workers, found) if spec.workers and self.gpus else spec.workers or found
-        self._cpus_each = min(1.0, have.get("CPU", 1.0) / self.workers)
+        cpus = have.get("CPU", 1.0) / self.workers
+        self._cpus_each = min(1.0, cpus)
+        self._share = min(1.0, math.floor(1e4 * cpus / (spec.readers_per_gpu + 1)) / 1e4)  # Ray counts in 1e-4
         self._workers: list[Worker] = []
         self._waiting: deque[Task] = deque()
         self._context: Any = None
         self._loaded = False
-        self._news: list[Outcome] = []
         self._parts = Parts()
         self._looked = time.monotonic()
+        self._head = Head()
 
     def profile(self, compute: ComputeSpec) -> ComputeProfile:
         """Return the compute profile of a worker: the driver may be a laptop without the GPU."""
         options: dict[str, Any] = {"num_gpus": 1} if self.gpus else {"num_cpus": 1, "runtime_env": _NO_GPU}
         try:
-            found: ComputeProfile = _get(ray.remote(**options)(_resolve).remote(compute))
+            answer = ray.remote(**options)(_resolve).remote(compute)
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not ray.wait([answer], timeout=TICK_S)[0] and time.monotonic() < deadline:
+                self._head.look()
+            found: ComputeProfile = _get(answer, timeout_s=1)
         except (*LOSSES, GetTimeoutError) as error:
             raise InfrastructureError(f"No worker could say what it computes with: {_first_line(error)}") from error
         return found
 
     def load(self, context: Context) -> None:
         """Start the actors; they load the models when the first chunk comes."""
-        self._context = ray.put(context)
+        with _asked():
+            self._context = ray.put(context)
         shares = self._shares([model.node for model in context.models])
         self._parts = Parts([share for share in shares if share is not None])
         self._workers = [self._start(Worker(f"worker {i}", i, models=share)) for i, share in enumerate(shares)]
@@ -222,7 +259,14 @@ class RayPool:
             )
             raise InfrastructureError(said, next_step=GIVEN_UP)
         worker.actors = self._gpu_actors(worker) if self.gpus else [self._fused_actor()]
+        worker.used, worker.node = False, ""
+        self._load_on(worker)
         return worker
+
+    def _load_on(self, worker: Worker) -> None:
+        """Ask a worker to come up, with the models once there are chunks; `_settle` takes the answers."""
+        worker.loading = [actor.load.remote() if self._loaded else actor.where.remote() for actor in worker.actors]
+        worker.waited_s = 0.0
 
     def _fused_actor(self) -> Any:
         options = {"num_cpus": self._cpus_each, "max_concurrency": AHEAD + 1, "runtime_env": _NO_GPU}
@@ -230,16 +274,17 @@ class RayPool:
         return fused.options(max_restarts=0, max_task_retries=0, **options).remote(self._context)
 
     def _gpu_actors(self, worker: Worker) -> list[Any]:
-        """A placement group for each GPU, created singly, so that pixels never cross the network."""
-        k = self.spec.readers_per_gpu
-        cpus = resources().get("CPU", 1.0) / self.workers
-        share = min(1.0, math.floor(1e4 * cpus / (k + 1)) / 1e4)  # Ray counts in 1e-4
-        group = worker.group or placement_group(
-            [{"GPU": 1, "CPU": share}, *[{"CPU": share}] * k], strategy="STRICT_PACK"
-        )
-        worker.group = group
-        if not group.wait(START_TIMEOUT_S):
-            raise InfrastructureError("No node has a free GPU with the cores for its readers.")
+        """A placement group for each GPU, created singly, so that pixels never cross the network.
+
+        One whose node is lost is placed anew by Ray when there is room; its actors wait for that, the run does not.
+        """
+        k, share = self.spec.readers_per_gpu, self._share
+        group = worker.group
+        if group is None:
+            group = placement_group([{"GPU": 1, "CPU": share}, *[{"CPU": share}] * k], strategy="STRICT_PACK")
+            worker.group = group
+            if not group.wait(START_TIMEOUT_S):
+                raise InfrastructureError("No node has a free GPU with the cores for its readers.")
 
         def start(kind: type, bundle: int, *arguments: Any, **options: Any) -> Any:
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
@@ -250,30 +295,33 @@ class RayPool:
         scorer = start(GpuScorer, 0, worker.models, num_gpus=1, max_concurrency=AHEAD)
         return [scorer, *(start(RemoteReader, i, num_gpus=0, runtime_env=_NO_GPU) for i in range(1, k + 1))]
 
-    def _load_models(self) -> None:
-        """Wait until every worker has its models. Raises the error of a model that does not load."""
-        if self._loaded:
-            return
-        self._loaded = True
-        loading = {worker.index: [actor.load.remote() for actor in worker.actors] for worker in self._workers}
-        for worker in list(self._workers):
-            self._make_ready(worker, loading[worker.index])
+    def _settle(self, worker: Worker, passed_s: float) -> list[Outcome]:
+        """Take the answers of a worker that comes up; start it anew when it died, go on without it when it never came.
 
-    def _make_ready(self, worker: Worker, loading: list[Any]) -> None:
-        """Wait until a worker is loaded, starting it anew when it dies; with no place for it, go on without it."""
-        while True:
-            try:
-                _get(loading)
-                return
-            except LOSSES as error:
-                self._news += self._bury(worker, _first_line(error))
-            except GetTimeoutError as error:
-                self._news += self._bury(worker, "it found no place in the cluster")
-                self._workers.remove(worker)
-                if not self._workers:
-                    raise InfrastructureError(f"No worker started within {START_TIMEOUT_S} s.") from error
-                return
-            loading = [actor.load.remote() for actor in self._start(worker).actors]
+        Raises the error of a model that does not load.
+        """
+        worker.waited_s += passed_s
+        answered, worker.loading = ray.wait(worker.loading, num_returns=len(worker.loading), timeout=0)
+        try:
+            nodes = [str(_get(ref)) for ref in answered]
+        except LOSSES as error:
+            worker.loading = answered + worker.loading
+            return self._replace(worker, _first_line(error))
+        worker.node = nodes[0] if nodes else worker.node
+        if not worker.loading:
+            worker.waited_s = 0.0
+            return []
+        return self._without(worker) if worker.waited_s > START_TIMEOUT_S else []
+
+    def _without(self, worker: Worker) -> list[Outcome]:
+        """Go on without a worker that found no place. Raises InfrastructureError when it was the last."""
+        lost = self._bury(worker, "it found no place in the cluster")
+        self._workers.remove(worker)
+        if worker.group is not None:
+            remove_placement_group(worker.group)
+        if not self._workers:
+            raise InfrastructureError(f"No worker started within {START_TIMEOUT_S} s.")
+        return lost
 
     # working
 
@@ -289,9 +337,11 @@ class RayPool:
         return max(0, self.limit * len(self._workers) - flight - len(self._waiting))
 
     def submit(self, task: Task) -> None:
-        """Take a task. Raises the error of a model that does not load when it is the first chunk."""
-        if task.loads_models:
-            self._load_models()
+        """Take a task; with the first chunk the models are loaded."""
+        if task.loads_models and not self._loaded:
+            self._loaded = True
+            for worker in self._workers:
+                self._load_on(worker)
         self._waiting.extend(self._parts.split(task))
         self._dispatch()
 
@@ -299,31 +349,41 @@ class RayPool:
         for _ in range(len(self._waiting)):
             task = self._waiting.popleft()
             worker = self._place_for(task)
-            if worker is None or (task.fresh and not self._renewed(worker)):
+            if worker is None:
                 self._waiting.append(task)
             else:
                 worker.flight[self._send(worker, task)] = task
-
-    def _renewed(self, worker: Worker) -> bool:
-        """Give an idle worker new actors; return whether there is still a place for it."""
-        for actor in worker.actors:
-            ray.kill(actor)
-        self._start_loaded(worker)
-        return worker in self._workers
-
-    def _start_loaded(self, worker: Worker) -> None:
-        loading = [actor.load.remote() for actor in self._start(worker).actors]
-        if self._loaded:
-            self._make_ready(worker, loading)
+                worker.used, worker.kept_for = True, None
 
     def _place_for(self, task: Task) -> Worker | None:
         """The least busy worker that may take the task. A task that must be alone has a worker kept free for it."""
         able = [w for w in self._workers if w.has(task)]
+        if task.fresh:
+            return self._fresh_place(task, able)
+        free = [w for w in able if w.open]
         if task.alone:
-            return next((w for w in able if not w.flight), None)
-        kept = {next((w.index for w in self._workers if w.has(t)), -1) for t in self._waiting if t.alone}
-        free = [w for w in able if len(w.flight) < self.limit and not w.exclusive and w.index not in kept]
+            return next((w for w in free if not w.flight), None)
+        alone = [t for t in self._waiting if t.alone and not t.fresh]
+        kept = {next((w.index for w in self._workers if w.open and w.has(t)), -1) for t in alone}
+        free = [w for w in free if len(w.flight) < self.limit and w.index not in kept]
         return min(free, key=lambda w: len(w.flight), default=None)
+
+    def _fresh_place(self, task: Task, able: Sequence[Worker]) -> Worker | None:
+        """A worker with actors that have done nothing yet: one is kept for the task, and started anew once idle."""
+        kept = next((w for w in able if w.kept_for is task), None)
+        if kept is None:
+            kept = min((w for w in able if w.open), key=lambda w: len(w.flight), default=None)
+            if kept is None:
+                return None
+            kept.kept_for = task
+        if kept.flight or kept.loading:
+            return None
+        if kept.used:
+            for actor in kept.actors:
+                ray.kill(actor)
+            self._start(kept)
+            return None
+        return kept
 
     def _send(self, worker: Worker, task: Task) -> Any:
         if not self.gpus:
@@ -342,16 +402,15 @@ class RayPool:
         """Return the outcomes that have come in, after a while none if need be."""
         self._dispatch()
         refs = {ref: worker for worker in self._workers for ref in worker.flight}
-        if not refs and not self._news:
+        due = [*refs, *(ref for worker in self._workers for ref in worker.loading)]
+        if not due:
             raise InfrastructureError("Nothing is in flight and nothing can be placed.")
-        ready = ray.wait(list(refs), num_returns=1, timeout=TICK_S)[0] if not self._news else []
-        more = ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []
+        ray.wait(due, num_returns=1, timeout=TICK_S)
         outcomes: list[Outcome] = []
-        for ref in dict.fromkeys([*ready, *more]):
+        for ref in ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []:
             if ref in refs[ref].flight:  # a loss clears all that its worker held
                 outcomes += self._outcome(refs[ref], ref)
         outcomes += self._look()
-        outcomes, self._news = [*self._news, *outcomes], []
         self._dispatch()
         return self._parts.join(outcomes)
 
@@ -369,44 +428,49 @@ class RayPool:
 
     def _replace(self, worker: Worker, cause: str, memory: bool = False) -> list[Outcome]:
         lost = self._bury(worker, cause, memory)
-        self._start_loaded(worker)
+        self._head.look(now=True)
+        self._start(worker)
         return lost
 
     def _look(self) -> list[Outcome]:
         """Look after workers with work: replace one whose reading is overdue, and one that does not answer.
 
-        Time in which the driver itself was stopped does not count against them.
+        Time in which the driver itself was stopped does not count against them. Raises InfrastructureError when the
+        head is gone.
         """
+        self._head.look()
         passed, self._looked = min(time.monotonic() - self._looked, 2 * TICK_S), time.monotonic()
         lost: list[Outcome] = []
         for worker in list(self._workers):
-            if cause := self._overdue(worker, passed):
+            if worker.loading:
+                lost += self._settle(worker, passed)
+            elif cause := self._overdue(worker, passed):
                 lost += self._replace(worker, cause)
         return lost
 
     def _overdue(self, worker: Worker, passed_s: float) -> str:
         """Take a worker's pulse; return why it must go, "" while it need not."""
         if not worker.flight:
-            worker.pulses, worker.pulsed_s = [], 0.0
+            worker.pulses, worker.waited_s = [], 0.0
             return ""
-        worker.pulsed_s += passed_s
+        worker.waited_s += passed_s
         deadline_s, silence_s = self.spec.task_deadline_s, self.spec.silence_s
-        if not worker.pulses and worker.pulsed_s >= min(
+        if not worker.pulses and worker.waited_s >= min(
             PULSE_S, (deadline_s or PULSE_S) / 2, (silence_s or PULSE_S) / 2
         ):
-            worker.pulses, worker.pulsed_s = [actor.pulse.remote() for actor in worker.actors], 0.0
+            worker.pulses, worker.waited_s = [actor.pulse.remote() for actor in worker.actors], 0.0
         answered = ray.wait(worker.pulses, num_returns=len(worker.pulses), timeout=0)[0] if worker.pulses else []
         worker.pulses = [ref for ref in worker.pulses if ref not in answered]
         for seconds, what in filter(None, map(_pulse, answered)):
             if deadline_s and seconds > deadline_s:
                 return f"{what} had not ended after {deadline_s:g} s"
-        if worker.pulses and silence_s and worker.pulsed_s > silence_s:
+        if worker.pulses and silence_s and worker.waited_s > silence_s:
             return f"it did not answer for {silence_s:g} s"
         return ""
 
     def _bury(self, worker: Worker, cause: str, memory: bool = False) -> list[Outcome]:
         """Gather what had ended before a worker's death, and blame the rest; its actors are gone then."""
-        worker.cause, worker.pulses, worker.pulsed_s = cause, [], 0.0
+        worker.cause, worker.pulses, worker.waited_s = cause, [], 0.0
         for actor in worker.actors:
             ray.kill(actor)
         ended: list[Outcome] = []
@@ -416,8 +480,10 @@ class RayPool:
                 worker.flight.pop(ref)
             except (RayError, GetTimeoutError):
                 continue
-        lost = Lost(worker.name, tuple(worker.flight.values()), cause, memory)
+        blameless = bool(worker.loading) or _is_gone(worker.node)
+        lost = Lost(worker.name, tuple(worker.flight.values()), cause, memory, blameless)
         worker.flight.clear()
+        worker.loading = []
         return [*ended, lost]
 
     def close(self) -> None:
@@ -441,9 +507,73 @@ def _pulse(ref: Any) -> tuple[float, str] | None:
     return found
 
 
+class Head:
+    """The cluster's head and the driver's own node: whether they still answer.
+
+    Ray ends a driver without a word when its node is gone and it asks for anything, or a minute after the head.
+    """
+
+    def __init__(self) -> None:
+        context = ray.get_runtime_context()
+        host, _, port = context.gcs_address.rpartition(":")
+        self._head = (host, int(port))
+        own = (known for known in _nodes() if known["NodeID"] == context.get_node_id())
+        self._own = next(((known["NodeManagerAddress"], known["NodeManagerPort"]) for known in own), None)
+        self._looked = self._heard = time.monotonic()
+
+    def look(self, now: bool = False) -> None:
+        """Raise InfrastructureError when one of them is gone; looks every HEAD_S, or `now`."""
+        moment = time.monotonic()
+        if moment - self._looked < HEAD_S and not now:
+            return
+        if self._own is not None and not _answers(*self._own):
+            raise InfrastructureError("This machine's part of the Ray cluster is gone.", next_step=HEADLESS)
+        if _answers(*self._head) or moment - self._looked > HEAD_LOST_S:  # the driver itself was stopped
+            self._heard = moment
+        self._looked = moment
+        if moment - self._heard >= HEAD_LOST_S:
+            where, silent = ":".join(map(str, self._head)), moment - self._heard
+            said = f"The head of the Ray cluster is gone: nobody has answered at {where} for {silent:.0f} s."
+            raise InfrastructureError(said, next_step=HEADLESS)
+
+
+def _nodes() -> list[dict[str, Any]]:
+    with _asked():
+        found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return found
+
+
+@contextlib.contextmanager
+def _asked() -> Iterator[None]:
+    """Raise InfrastructureError where the cluster does not answer what it is asked."""
+    try:
+        yield
+    except (RayError, ConnectionError) as error:
+        raise InfrastructureError(
+            f"The Ray cluster does not answer: {_first_line(error)}", next_step=HEADLESS
+        ) from error
+
+
+def _is_gone(node: str) -> bool:
+    """Whether nobody answers where a node was: Ray itself takes half a minute to say so."""
+    for known in _nodes() if node else ():
+        if known["NodeID"] == node:
+            return not known["Alive"] or not _answers(known["NodeManagerAddress"], known["NodeManagerPort"])
+    return False
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_S).close()
+    except OSError:
+        return False
+    return True
+
+
 def resources() -> dict[str, float]:
     """Return what the cluster has: CPU, GPU, memory, ..."""
-    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    with _asked():
+        found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return found
 
 
@@ -451,10 +581,10 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _get(ref: Any) -> Any:
+def _get(ref: Any, timeout_s: float = START_TIMEOUT_S) -> Any:
     """ray.get with our own errors raised as themselves; losses and time-outs stay what they are."""
     try:
-        return ray.get(ref, timeout=START_TIMEOUT_S)
+        return ray.get(ref, timeout=timeout_s)
     except (*LOSSES, GetTimeoutError):
         raise
     except RayError as error:
@@ -479,8 +609,8 @@ def connect(spec: ExecutorSpec) -> bool:
         options |= {"include_dashboard": False, "num_cpus": spec.workers or None}
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise InfrastructureError(f"No Ray at {address}: {error}") from error
+    except Exception as error:  # a head that dies meanwhile comes out as a bare Exception too
+        raise InfrastructureError(f"No Ray at {address}: {_first_line(error)}") from error
     _protect_token()
     return True
 
