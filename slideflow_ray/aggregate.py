@@ -136,7 +136,7 @@ def _getter(scheduler: Scheduler) -> Iterator[Any]:
     import ray
     from ray.util.dask import ray_dask_get
 
-    from slideflow_ray.execute.on_ray import connect
+    from slideflow_ray.execute.cluster import connect
     from slideflow_ray.specs import ExecutorSpec
 
     started = connect(ExecutorSpec(kind="ray"))

@@ -51,7 +51,18 @@ LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 APART = {"phantoms", "testing"}
 
 HEAVY = {
-    "ray": {"execute/on_ray.py", "aggregate.py", "train/on_ray.py", "train/job.py", "train/choose.py"},
+    "ray": {
+        *("execute/on_ray.py", "execute/cluster.py", "execute/actors.py"),
+        *("aggregate.py", "train/on_ray.py", "train/job.py", "train/choose.py"),
+    },
+        "execute/on_ray.py",
+        "execute/cluster.py",
+        "execute/actors.py",
+        "aggregate.py",
+        "train/on_ray.py",
+        "train/job.py",
+        "train/choose.py",
+    },
     "dask": {"aggregate.py"},
     "tiffslide": {"slides/tiff.py"},
     "openslide": {"slides/openslide.py", "doctor.py"},

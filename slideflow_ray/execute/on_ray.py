@@ -7,17 +7,11 @@ worker nor a model that crashes while loading goes on for ever.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import socket
-import stat
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -34,10 +28,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slideflow_ray.errors import InfrastructureError, SlideflowError
-from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
+from slideflow_ray.execute import Failed, Lost, Outcome, Task
+from slideflow_ray.execute.actors import PULSE, Fused, GpuScorer, RemoteReader
+from slideflow_ray.execute.cluster import Head, asked, connect, first_line, is_gone, resources
 from slideflow_ray.execute.parts import Parts
-from slideflow_ray.execute.worker import ModelScorer, Reader
-from slideflow_ray.pipeline import Context, Pixels
+from slideflow_ray.pipeline import Context
 from slideflow_ray.profile import ComputeProfile, resolve
 from slideflow_ray.specs import ComputeSpec, ExecutorSpec
 
@@ -52,112 +47,8 @@ TICK_S = 1.0
 """How long the driver waits for an outcome before it looks after the workers."""
 PULSE_S = 10.0
 """How often a worker with work is asked how long it has been at it."""
-PULSE: dict[str, Any] = {"concurrency_groups": {"pulse": 1}}
-"""A thread of its own in every actor, so that one at work answers and one that is stopped does not."""
-HEAD_S = 5.0
-"""How often the driver looks whether the head, and its own node, still answer."""
-HEAD_LOST_S = 30.0
-"""How long a head may be away, as one is that starts anew; after a minute Ray ends the driver without a word."""
-CONNECT_TIMEOUT_S = 10
-ANSWER_S = 2.0
-HEADLESS = "Start the cluster again, or use another (or --executor inline), and run the same command again: it resumes."
 GIVEN_UP = "Look at the cause (a bundle that kills who loads it, too little memory), then run the same command again."
 _NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}}
-
-
-class Fused:
-    """An actor on one core: its threads read ahead, one at a time scores."""
-
-    def __init__(self, context: Context) -> None:
-        self._reader = Reader(context)
-        self._scorer = ModelScorer(context)
-        self._turn = threading.Lock()
-
-    def where(self) -> str:
-        """Return the node, once alive."""
-        return _node()
-
-    def load(self) -> str:
-        """Load the models; return the node. Raises ProfileError, BundleError."""
-        self._scorer.load()
-        return _node()
-
-    @ray.method(concurrency_group="pulse")
-    def pulse(self) -> tuple[float, str]:
-        """Return how long the longest reading has been under way, and which it is."""
-        return self._reader.longest()
-
-    def perform(self, task: Task) -> Done | Failed:
-        """Do a whole task."""
-        if not task.loads_models:
-            return self._reader.perform(task)
-        pixels = self._reader.read(task)
-        if isinstance(pixels, Failed):
-            return pixels
-        with self._turn:
-            self._scorer.pin()
-            return self._scorer.score(task, pixels)
-
-
-class GpuScorer:
-    """An actor that owns a GPU (or a share of one) and the models on it."""
-
-    def __init__(self, context: Context, models: frozenset[str] | None = None) -> None:
-        self._scorer = ModelScorer(context, models)
-        self._turn = threading.Lock()
-
-    def where(self) -> str:
-        """Return the node, once alive."""
-        return _node()
-
-    def load(self) -> str:
-        """Load the models; return the node. Raises ProfileError, BundleError."""
-        self._scorer.load()
-        return _node()
-
-    @ray.method(concurrency_group="pulse")
-    def pulse(self) -> tuple[float, str]:
-        """Answer; scoring has no deadline."""
-        return 0.0, ""
-
-    def score(self, task: Task, pixels: Pixels | Failed) -> Done | Failed:
-        """Score what a reader beside it has read."""
-        if isinstance(pixels, Failed):
-            return pixels
-        with self._turn:
-            self._scorer.pin()
-            return self._scorer.score(task, pixels)
-
-
-class RemoteReader:
-    """An actor without GPU, on the node of the scorer it reads for."""
-
-    def __init__(self, context: Context) -> None:
-        self._reader = Reader(context)
-
-    def where(self) -> str:
-        """Return the node, once alive."""
-        return _node()
-
-    load = where
-
-    @ray.method(concurrency_group="pulse")
-    def pulse(self) -> tuple[float, str]:
-        """Return how long what is read has been under way, and which it is."""
-        return self._reader.longest()
-
-    def perform(self, task: Task) -> Done | Failed:
-        """Do a whole task that needs no model."""
-        return self._reader.perform(task)
-
-    def read(self, task: Task) -> Pixels | Failed:
-        """Read a chunk; the pixels stay in this node's object store."""
-        return self._reader.read(task)
-
-
-def _node() -> str:
-    found: str = ray.get_runtime_context().get_node_id()
-    return found
 
 
 def _resolve(compute: ComputeSpec) -> ComputeProfile:
@@ -229,12 +120,12 @@ class RayPool:
                 self._head.look()
             found: ComputeProfile = _get(answer, timeout_s=1)
         except (*LOSSES, GetTimeoutError) as error:
-            raise InfrastructureError(f"No worker could say what it computes with: {_first_line(error)}") from error
+            raise InfrastructureError(f"No worker could say what it computes with: {first_line(error)}") from error
         return found
 
     def load(self, context: Context) -> None:
         """Start the actors; they load the models when the first chunk comes."""
-        with _asked():
+        with asked():
             self._context = ray.put(context)
         shares = self._shares([model.node for model in context.models])
         self._parts = Parts([share for share in shares if share is not None])
@@ -306,7 +197,7 @@ class RayPool:
             nodes = [str(_get(ref)) for ref in answered]
         except LOSSES as error:
             worker.loading = answered + worker.loading
-            return self._replace(worker, _first_line(error))
+            return self._replace(worker, first_line(error))
         worker.node = nodes[0] if nodes else worker.node
         if not worker.loading:
             worker.waited_s = 0.0
@@ -418,7 +309,7 @@ class RayPool:
         try:
             outcome: Outcome = ray.get(ref)
         except LOSSES as error:
-            return self._replace(worker, _first_line(error), memory=isinstance(error, OutOfMemoryError))
+            return self._replace(worker, first_line(error), memory=isinstance(error, OutOfMemoryError))
         except RayError as error:
             task = worker.flight.pop(ref)
             return [Failed(task, InfrastructureError(f"{task.stage} of {task.slide_id}: {error}"))]
@@ -480,7 +371,7 @@ class RayPool:
                 worker.flight.pop(ref)
             except (RayError, GetTimeoutError):
                 continue
-        blameless = bool(worker.loading) or _is_gone(worker.node)
+        blameless = bool(worker.loading) or is_gone(worker.node)
         lost = Lost(worker.name, tuple(worker.flight.values()), cause, memory, blameless)
         worker.flight.clear()
         worker.loading = []
@@ -507,80 +398,6 @@ def _pulse(ref: Any) -> tuple[float, str] | None:
     return found
 
 
-class Head:
-    """The cluster's head and the driver's own node: whether they still answer.
-
-    Ray ends a driver without a word when its node is gone and it asks for anything, or a minute after the head.
-    """
-
-    def __init__(self) -> None:
-        context = ray.get_runtime_context()
-        host, _, port = context.gcs_address.rpartition(":")
-        self._head = (host, int(port))
-        own = (known for known in _nodes() if known["NodeID"] == context.get_node_id())
-        self._own = next(((known["NodeManagerAddress"], known["NodeManagerPort"]) for known in own), None)
-        self._looked = self._heard = time.monotonic()
-
-    def look(self, now: bool = False) -> None:
-        """Raise InfrastructureError when one of them is gone; looks every HEAD_S, or `now`."""
-        moment = time.monotonic()
-        if moment - self._looked < HEAD_S and not now:
-            return
-        if self._own is not None and not _answers(*self._own):
-            raise InfrastructureError("This machine's part of the Ray cluster is gone.", next_step=HEADLESS)
-        if _answers(*self._head) or moment - self._looked > HEAD_LOST_S:  # the driver itself was stopped
-            self._heard = moment
-        self._looked = moment
-        if moment - self._heard >= HEAD_LOST_S:
-            where, silent = ":".join(map(str, self._head)), moment - self._heard
-            said = f"The head of the Ray cluster is gone: nobody has answered at {where} for {silent:.0f} s."
-            raise InfrastructureError(said, next_step=HEADLESS)
-
-
-def _nodes() -> list[dict[str, Any]]:
-    with _asked():
-        found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return found
-
-
-@contextlib.contextmanager
-def _asked() -> Iterator[None]:
-    """Raise InfrastructureError where the cluster does not answer what it is asked."""
-    try:
-        yield
-    except (RayError, ConnectionError) as error:
-        raise InfrastructureError(
-            f"The Ray cluster does not answer: {_first_line(error)}", next_step=HEADLESS
-        ) from error
-
-
-def _is_gone(node: str) -> bool:
-    """Whether nobody answers where a node was: Ray itself takes half a minute to say so."""
-    for known in _nodes() if node else ():
-        if known["NodeID"] == node:
-            return not known["Alive"] or not _answers(known["NodeManagerAddress"], known["NodeManagerPort"])
-    return False
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=ANSWER_S).close()
-    except OSError:
-        return False
-    return True
-
-
-def resources() -> dict[str, float]:
-    """Return what the cluster has: CPU, GPU, memory, ..."""
-    with _asked():
-        found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _get(ref: Any, timeout_s: float = START_TIMEOUT_S) -> Any:
     """ray.get with our own errors raised as themselves; losses and time-outs stay what they are."""
     try:
@@ -592,56 +409,3 @@ def _get(ref: Any, timeout_s: float = START_TIMEOUT_S) -> Any:
         if isinstance(cause, SlideflowError):
             raise cause from None
         raise InfrastructureError(f"A worker did not start: {str(error).strip().splitlines()[-1]}") from error
-
-
-def connect(spec: ExecutorSpec) -> bool:
-    """Connect to the cluster that is named, else start a local Ray; return whether it was started here.
-
-    The address is always explicit, because a bare ``ray.init()`` joins whatever cluster it finds.
-    """
-    if ray.is_initialized():
-        _check_joined(spec.address)
-        return False
-    address = spec.address or os.environ.get("RAY_ADDRESS") or "local"
-    _check_reachable(address)
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
-    if address == "local":
-        options |= {"include_dashboard": False, "num_cpus": spec.workers or None}
-    try:
-        ray.init(**options)
-    except Exception as error:  # a head that dies meanwhile comes out as a bare Exception too
-        raise InfrastructureError(f"No Ray at {address}: {_first_line(error)}") from error
-    _protect_token()
-    return True
-
-
-def _check_joined(address: str | None) -> None:
-    """Refuse to run on the cluster that this process has joined where another one is named."""
-    joined = ray.get_runtime_context().gcs_address
-    if address in (None, "auto", "local", joined) or address.startswith("ray://"):
-        return
-    _check_reachable(address)
-    raise InfrastructureError(
-        f"This process has joined the Ray at {joined}; {address} is another.",
-        next_step="Leave --address out, or start a process for the other cluster.",
-    )
-
-
-def _check_reachable(address: str) -> None:
-    """Say within seconds that nobody listens, where Ray would try for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise InfrastructureError(
-            f"No Ray at {address}: {error}.", next_step="Check --address (or RAY_ADDRESS) and that the cluster is up."
-        ) from error
-
-
-def _protect_token() -> None:
-    """Ray writes the token of a local cluster readable for everyone; take that back."""
-    token = Path.home() / ".ray" / "auth_token"
-    if token.exists() and stat.S_IMODE(token.stat().st_mode) & 0o077:
-        token.chmod(0o600)

@@ -16,7 +16,7 @@ from pydantic import Field
 from slideflow_ray import storage
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import Listener, Noted, silent
-from slideflow_ray.execute.on_ray import connect
+from slideflow_ray.execute.cluster import connect
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
 from slideflow_ray.specs import ExecutorSpec, Positive, Spec, digest
 from slideflow_ray.train.job import Data, TrainResult, card_of, check_out, prepare, train

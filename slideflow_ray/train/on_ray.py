@@ -14,7 +14,7 @@ import ray
 import torch
 
 from slideflow_ray.errors import ConfigError, DiskFull, InfrastructureError, NanScore, SlideflowError
-from slideflow_ray.execute.on_ray import connect
+from slideflow_ray.execute.cluster import connect
 from slideflow_ray.models.bundle import BundleCard
 from slideflow_ray.specs import ExecutorSpec
 from slideflow_ray.train.checkpoint import read_checkpoint, write_checkpoint
