@@ -94,8 +94,8 @@ class Head:
     """
 
     def __init__(self) -> None:
-        self._watched = not ray.util.client.ray.is_connected()  # through ray:// neither can be reached from here
-        if not self._watched:
+        self._watched = not ray.util.client.ray.is_connected()  # type: ignore[no-untyped-call]
+        if not self._watched:  # through ray:// neither can be reached from here
             return
         context = ray.get_runtime_context()
         host, _, port = context.gcs_address.rpartition(":")
