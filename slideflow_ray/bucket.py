@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
 import fsspec
+import obstore
 from obstore.exceptions import GenericError
 from obstore.fsspec import FsspecStore
 from obstore.store import GCSStore, HTTPStore, ObjectStore, S3Store
@@ -47,14 +49,32 @@ def opened(root: str, prefix: str = "") -> ObjectStore:
 
 async def again[T](ask: Callable[[], Awaitable[T]]) -> T:
     """Return what `ask` gives, asking again with growing pauses where an answer breaks off."""
-    for attempt in range(TRIES):
+    for attempt in range(TRIES - 1):
         try:
             return await ask()
         except GenericError:
-            if attempt == TRIES - 1:
-                raise
             await asyncio.sleep(PAUSE_S * 2**attempt)
-    raise AssertionError
+    return await ask()
+
+
+def tried[T](ask: Callable[[], T]) -> T:
+    """Return what `ask` gives, asking again as `again` does."""
+    for attempt in range(TRIES - 1):
+        try:
+            return ask()
+        except GenericError:
+            time.sleep(PAUSE_S * 2**attempt)
+    return ask()
+
+
+def versioned(store: ObjectStore, key: str) -> tuple[bytes, str]:
+    """Return an object's bytes and the ETag that belongs to them. Raises FileNotFoundError."""
+
+    def ask() -> tuple[bytes, str]:
+        got = obstore.get(store, key)
+        return bytes(got.bytes()), got.meta["e_tag"] or ""
+
+    return tried(ask)
 
 
 class _Files(FsspecStore):

@@ -9,7 +9,6 @@ an object that changes while it is read is an error, as is one of another length
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import hashlib
 import os
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from slideflow_ray import storage
 from slideflow_ray.errors import DiskFull, ReadError, SlideNotFound, SourceChanged
+from slideflow_ray.uris import WEB
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -72,7 +72,7 @@ def look(uri: str) -> Seen:
         try:
             return Seen(uri, (_part(_head(store, key)),), True)
         except FileNotFoundError:
-            if storage.scheme_of(uri) in storage.WEB:
+            if storage.scheme_of(uri) in WEB:
                 raise SlideNotFound(f"{uri} does not exist.") from None
         parts = _listed(uri, store, key)
     if not parts:
@@ -83,20 +83,18 @@ def look(uri: str) -> Seen:
 def _listed(uri: str, store: ObjectStore, key: str) -> list[Part]:
     """The objects below a key; a listing that breaks off is begun again."""
     import obstore
-    from obstore.exceptions import GenericError
 
-    for attempt in range(1, TRIES + 1):
-        try:
-            parts: list[Part] = []
-            for batch in obstore.list(store, prefix=key.rstrip("/") + "/"):
-                parts += [_part(about) for about in batch]
-                if len(parts) > MAX_PARTS:
-                    raise ReadError(f"{uri} holds more than {MAX_PARTS:,} objects.")
-            return parts
-        except GenericError:
-            if attempt == TRIES:
-                raise
-    raise AssertionError
+    from slideflow_ray.bucket import tried
+
+    def ask() -> list[Part]:
+        parts: list[Part] = []
+        for batch in obstore.list(store, prefix=key.rstrip("/") + "/"):
+            parts += [_part(about) for about in batch]
+            if len(parts) > MAX_PARTS:
+                raise ReadError(f"{uri} holds more than {MAX_PARTS:,} objects.")
+        return parts
+
+    return tried(ask)
 
 
 def _head(store: ObjectStore, key: str) -> Any:
@@ -114,9 +112,7 @@ def at_hand(uri: str | Path) -> Path:
 
     Raises SlideNotFound, ReadError, SourceChanged, DiskFull.
     """
-    if not storage.is_remote(uri):
-        return storage.local_path(uri) if isinstance(uri, str) else uri
-    return fetched(look(str(uri)))
+    return fetched(look(str(uri))) if storage.is_remote(uri) else storage.local_path(uri)
 
 
 def fetched(seen: Seen) -> Path:
@@ -125,7 +121,7 @@ def fetched(seen: Seen) -> Path:
     name = hashlib.sha256(f"{seen.uri}\n{seen.identity}".encode()).hexdigest()[:24]
     entry = cache / name
     goal = entry / (PurePosixPath(seen.uri.rstrip("/")).name or "object")
-    with _alone(cache / f"{name}.lock"):
+    with storage.alone(cache / f"{name}.lock"):
         if goal.exists():
             os.utime(entry)
             return goal
@@ -232,7 +228,7 @@ def _make_room(cache: Path, seen: Seen) -> None:
 
     A copy that a process has open is read to its end all the same, as files are.
     """
-    with _alone(cache / "room.lock"):
+    with storage.alone(cache / "room.lock"):
         bound = _bound(cache)
         if seen.size > bound:
             raise DiskFull(
@@ -245,11 +241,3 @@ def _make_room(cache: Path, seen: Seen) -> None:
                 break
             shutil.rmtree(entry, ignore_errors=True)
             held -= size
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time, on this machine."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

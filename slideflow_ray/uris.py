@@ -6,8 +6,11 @@ import ipaddress
 import socket
 from urllib.parse import unquote, urlsplit
 
-SCHEMES = ("file", "s3", "gs", "https", "http")
-"""Those that a cohort may name; which of them are opened is `storage`'s matter."""
+SCHEMES = ("file", "s3", "gs")
+"""What uris may begin with."""
+
+WEB = ("https", "http")
+"""What a cohort may name besides; opened only where the environment variable `storage.ALLOW` says so."""
 
 MAX_URI = 4096
 
@@ -32,8 +35,8 @@ def check_uri(uri: str) -> str:
     if "::" in uri.split("://", 1)[0] or uri.count("://") > 1:
         raise ValueError("chains protocols, which is not allowed")
     parts = urlsplit(uri)
-    if parts.scheme not in SCHEMES:
-        raise ValueError(f"has the scheme {parts.scheme!r}; allowed are paths and {', '.join(SCHEMES)}")
+    if parts.scheme not in (*SCHEMES, *WEB):
+        raise ValueError(f"has the scheme {parts.scheme!r}; allowed are paths and {', '.join((*SCHEMES, *WEB))}")
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
             raise ValueError("names another machine; write file:///path")

@@ -175,11 +175,42 @@ def test_two_runs_on_one_folder_in_a_bucket_keep_out_of_each_other_s_way(faults)
 
 def test_a_stale_lease_is_taken_over_by_one_of_two(faults):
     out = storage.place(f"s3://{BUCKET}/stale")
-    storage.write_atomic(out / "lease.json", storage.to_json({"owner": "dead", "host": "gone", "pid": 1}))
-    e_tag = look(str(out / "lease.json")).parts[0].e_tag
-    assert storage.swap(out / "lease.json", e_tag, b"{}")
-    assert not storage.swap(out / "lease.json", e_tag, b"{ }")
+    dead = storage.to_json({"owner": "dead", "host": "gone", "pid": 1})
+    storage.write_atomic(out / "lease.json", dead)
+    assert storage.swap(out / "lease.json", dead, b"{}")
+    assert not storage.swap(out / "lease.json", dead, b"{ }")
     assert (out / "lease.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+def test_a_swap_is_refused_where_anything_changed_since_the_look(where, faults, tmp_path):
+    path = storage.place(tmp_path if where == "disk" else f"s3://{BUCKET}/swapped") / "file.json"
+    assert not storage.swap(path, b"1", b"2")  # there is none
+    assert storage.swap(path, None, b"1")
+    assert not storage.swap(path, None, b"2")
+    assert not storage.swap(path, b"0", b"2")
+    assert path.read_bytes() == b"1"
+    faults.every = 2
+    assert storage.swap(path, b"1", b"2")
+    faults.every = 0
+    storage.discard(path, b"1")
+    assert path.read_bytes() == b"2"
+    storage.discard(path, b"2")
+    assert storage.read_bytes(path) is None
+
+
+def test_a_swap_whose_object_changes_in_between_is_refused(faults):
+    path = storage.place(f"s3://{BUCKET}/swapped/late.json")
+    storage.write_atomic(path, b"1")
+
+    def other_first(environ) -> None:
+        if environ["REQUEST_METHOD"] == "PUT":
+            faults.before = lambda environ: None
+            storage.write_atomic(path, b"theirs")
+
+    faults.before = other_first
+    assert not storage.swap(path, b"1", b"ours")
+    assert path.read_bytes() == b"theirs"
 
 
 def test_created_once_even_if_the_answer_got_lost(faults):
@@ -193,7 +224,7 @@ def test_created_once_even_if_the_answer_got_lost(faults):
 @pytest.mark.parametrize(
     ("uri", "why"),
     [
-        ("simplecache::s3://bucket/a", "scheme 'simplecache::s3'"),
+        ("simplecache::s3://bucket/a", "chains protocols"),
         ("ftp://host/a", "scheme 'ftp'"),
         ("https://host/a", "SLIDEFLOW_RAY_ALLOW=https"),
         ("s3://key:secret@bucket/a", "credentials"),
