@@ -9,27 +9,22 @@ an object that changes while it is read is an error, as is one of another length
 from __future__ import annotations
 
 import contextlib
-import getpass
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from slideflow_ray import storage
-from slideflow_ray.errors import DiskFull, ReadError, SlideNotFound, SourceChanged
+from slideflow_ray.cache import cache_folder, room
+from slideflow_ray.errors import DiskFull, ReadError, SlideError, SlideNotFound, SourceChanged
 from slideflow_ray.uris import WEB
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-CACHE = "SLIDEFLOW_RAY_CACHE"
-"""Names the environment variable with the cache's folder; default: one of this user's below the temporary folder."""
-CACHE_GB = "SLIDEFLOW_RAY_CACHE_GB"
-"""Names the environment variable with the cache's bound; default: 100, and never the last tenth of the disk."""
 MAX_PARTS = 200_000
 """The most objects below one uri: a slide in many files, or an OME-Zarr."""
 TRIES = 4
@@ -64,11 +59,21 @@ class Seen:
         lines = "".join(f"{part.e_tag} {part.size} {part.key}\n" for part in self.parts)
         return hashlib.sha256(lines.encode()).hexdigest()
 
+    @property
+    def name(self) -> str:
+        """The name of its entry in the cache."""
+        return hashlib.sha256(f"{self.uri}\n{self.identity}".encode()).hexdigest()[:24]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is one object that requests can name by a strong ETag, so that parts of it belong together."""
+        return self.single and bool(self.parts[0].e_tag) and not self.parts[0].e_tag.startswith("W/")
+
 
 def look(uri: str) -> Seen:
     """Return what a remote uri names now. Raises SlideNotFound, ReadError (no access, or no answer in two minutes)."""
     store, key = storage.split_uri(uri)
-    with _speaking_of(uri):
+    with speaking_of(uri):
         try:
             return Seen(uri, (_part(_head(store, key)),), True)
         except FileNotFoundError:
@@ -117,21 +122,29 @@ def at_hand(uri: str | Path) -> Path:
 
 def fetched(seen: Seen) -> Path:
     """Return the path of the copy of what was seen, fetching it first if it is not in the cache."""
-    cache = cache_folder()
-    name = hashlib.sha256(f"{seen.uri}\n{seen.identity}".encode()).hexdigest()[:24]
-    entry = cache / name
-    goal = entry / (PurePosixPath(seen.uri.rstrip("/")).name or "object")
-    with storage.alone(cache / f"{name}.lock"):
-        if goal.exists():
-            os.utime(entry)
+    with storage.alone(cache_folder() / f"{seen.name}.lock"):
+        if goal := copied(seen):
             return goal
-        _make_room(cache, seen)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as scratch:
-            new = Path(scratch) / "new"
+        goal = _goal(seen)
+        with room(seen.uri, seen.size) as scratch:
+            new = scratch / "new"
             for part in seen.parts:
                 _download(seen, part, new / goal.name if seen.single else new / goal.name / _below(seen, part))
-            os.replace(new, entry)
+            shutil.rmtree(goal.parent, ignore_errors=True)  # of one that was half evicted
+            os.replace(new, goal.parent)
     return goal
+
+
+def copied(seen: Seen) -> Path | None:
+    """Return the path of the copy if it is in the cache."""
+    goal = _goal(seen)
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(goal.parent)
+    return goal if goal.exists() else None
+
+
+def _goal(seen: Seen) -> Path:
+    return cache_folder() / seen.name / (PurePosixPath(seen.uri.rstrip("/")).name or "object")
 
 
 def _below(seen: Seen, part: Part) -> str:
@@ -148,7 +161,7 @@ def _download(seen: Seen, part: Part, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, TRIES + 1):
         try:
-            with _speaking_of(seen.uri):
+            with speaking_of(seen.uri):
                 _stream(seen, part, path)
             return
         except SourceChanged:
@@ -164,6 +177,7 @@ def _stream(seen: Seen, part: Part, path: Path) -> None:
     store, _ = storage.split_uri(seen.uri)
     options: Any = {"if_match": part.e_tag} if part.e_tag else {}
     got = obstore.get(store, part.key, options=options)
+    check_unchanged(seen, part, got.meta)
     length = 0
     with path.open("wb") as file:
         for piece in got.stream(min_chunk_size=8 * 2**20):
@@ -173,8 +187,14 @@ def _stream(seen: Seen, part: Part, path: Path) -> None:
         raise ReadError(f"{seen.uri}: {part.key} has {part.size:,} bytes and {length:,} came.")
 
 
+def check_unchanged(seen: Seen, part: Part, about: Any) -> None:
+    """Raise SourceChanged where an answer has another ETag: not every server knows conditional requests."""
+    if (about["e_tag"] or "").strip('"') != part.e_tag.strip('"'):
+        raise SourceChanged(f"{seen.uri} changed while it was read.")
+
+
 @contextlib.contextmanager
-def _speaking_of(uri: str) -> Iterator[None]:
+def speaking_of(uri: str) -> Iterator[None]:
     """Name the uri, and not the request with its headers, in what an object store complains of."""
     from obstore.exceptions import BaseError, PreconditionError
 
@@ -182,7 +202,7 @@ def _speaking_of(uri: str) -> Iterator[None]:
         yield
     except PreconditionError as error:
         raise SourceChanged(f"{uri} changed while it was read.") from error
-    except FileNotFoundError:
+    except (FileNotFoundError, SlideError):
         raise
     except OSError as error:
         if error.errno == 28:  # ENOSPC
@@ -190,54 +210,3 @@ def _speaking_of(uri: str) -> Iterator[None]:
         raise ReadError(f"{uri} cannot be fetched: {storage.first_line(error)}.") from error
     except BaseError as error:
         raise ReadError(f"{uri} cannot be fetched: {storage.first_line(error)}.") from error
-
-
-# the cache
-
-
-def cache_folder() -> Path:
-    """Return the folder of this machine's copies, made if need be, readable by this user only."""
-    named = os.environ.get(CACHE)
-    folder = Path(named) if named else Path(tempfile.gettempdir()) / f"slideflow-ray-{getpass.getuser()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
-def _bound(cache: Path) -> float:
-    disk = shutil.disk_usage(cache)
-    return min(float(os.environ.get(CACHE_GB, "100")) * 1e9, _held(cache) + disk.free - disk.total / 10)
-
-
-def _held(cache: Path) -> int:
-    return sum(size for _, size, _ in _entries(cache))
-
-
-def _entries(cache: Path) -> list[tuple[float, int, Path]]:
-    """Return when each copy was last asked for, its bytes and its folder, the oldest first."""
-    found = []
-    for entry in cache.iterdir():
-        if entry.is_dir() and not entry.name.startswith("."):
-            with contextlib.suppress(FileNotFoundError):
-                size = sum(path.stat().st_size for path in entry.rglob("*") if path.is_file())
-                found.append((entry.stat().st_mtime, size, entry))
-    return sorted(found)
-
-
-def _make_room(cache: Path, seen: Seen) -> None:
-    """Delete the copies that were not asked for longest until this one fits. Raises DiskFull.
-
-    A copy that a process has open is read to its end all the same, as files are.
-    """
-    with storage.alone(cache / "room.lock"):
-        bound = _bound(cache)
-        if seen.size > bound:
-            raise DiskFull(
-                f"{seen.uri} has {seen.size / 1e9:.2f} GB; the cache {cache} may hold {max(bound, 0) / 1e9:.2f} GB.",
-                next_step=f"Set {CACHE} to a folder on a larger disk, or {CACHE_GB} to more.",
-            )
-        held = _held(cache)
-        for _, size, entry in _entries(cache):
-            if held + seen.size <= bound:
-                break
-            shutil.rmtree(entry, ignore_errors=True)
-            held -= size

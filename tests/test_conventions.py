@@ -17,10 +17,12 @@ LAYERS = [
     ["errors", "events", "geometry", "specs", "texts", "uris"],
     ["bucket"],
     ["storage"],
+    ["cache"],
     ["remote"],
+    ["blocks"],
     ["identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
-    ["packs", "planes", "layout", "pipeline"],
+    ["packs", "planes", "layout", "sparse", "pipeline"],
     ["execute", "aggregate"],
     [
         "accounting",

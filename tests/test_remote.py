@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,12 +16,16 @@ import numpy as np
 import pytest
 import zarr
 from object_store import BUCKET, Faults, object_store
+from PIL import Image
 
 from slideflow_ray import bucket, storage
+from slideflow_ray.blocks import BLOCK, Blocks
+from slideflow_ray.cache import cache_folder, room
 from slideflow_ray.errors import ConfigError, DiskFull, LeaseError, ReadError, SlideNotFound, SourceChanged
 from slideflow_ray.identity import identity
 from slideflow_ray.lease import held, lease
-from slideflow_ray.remote import at_hand, cache_folder, fetched, look
+from slideflow_ray.phantoms import halved, write_pyramid
+from slideflow_ray.remote import at_hand, fetched, look
 from slideflow_ray.run import run
 from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import RunSpec
@@ -49,9 +54,9 @@ def faults(server, monkeypatch, tmp_path) -> Faults:
         monkeypatch.setenv(name, value)
     bucket.opened.cache_clear()
     storage._zarr_store.cache_clear()
-    found.every, found.counts, found.before = 0, {}, lambda environ: None
+    found.calm()
     yield found
-    found.every, found.before = 0, lambda environ: None
+    found.calm()
 
 
 def uploaded(folder: Path, name: str) -> str:
@@ -264,3 +269,117 @@ def test_a_slide_on_the_web_where_that_is_allowed(monkeypatch, marked, tmp_path)
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args) -> None:
         pass
+
+
+# by blocks
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory) -> Path:
+    """A slide of 9 MB in which every native tile has its own bytes, a mask of its upper left eighth, and a cohort."""
+    folder = tmp_path_factory.mktemp("noisy")
+    pixels = np.random.default_rng(7).integers(0, 256, (1536, 1536, 3), np.uint8)
+    write_pyramid(folder / "n.tif", halved(pixels, 4), 0.5)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:16, :32] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    Image.fromarray(np.full((64, 64), 255, np.uint8)).save(folder / "all.png")
+    (folder / "sparse.csv").write_text("slide_id,uri,modality,mask\nn,n.tif,he,mask.png\n")
+    (folder / "dense.csv").write_text("slide_id,uri,modality,mask\nn,n.tif,he,all.png\n")
+    return folder
+
+
+def sums(arrays: dict[str, bytes]) -> dict[str, str]:
+    """Arrays by kind of node, which leaves out what the identity changes of a node's name."""
+    kinds = {re.sub(r"-[0-9a-f]{12}", "", name): value for name, value in arrays.items()}
+    return {name: hashlib.sha256(value).hexdigest() for name, value in kinds.items()}
+
+
+def test_a_file_by_blocks_is_the_file(faults, noisy):
+    data = (noisy / "n.tif").read_bytes()
+    uri = f"s3://{BUCKET}/blocks/n.tif"
+    storage.write_atomic(storage.place(uri), data)
+    faults.every = 3
+    file = Blocks(look(uri))
+    for offset, count in [(0, 16), (BLOCK - 5, 10), (3 * BLOCK, BLOCK), (len(data) - 7, 100), (len(data) + 5, 10)]:
+        assert file.pread(count, offset) == data[offset : offset + count]
+    file.want([(5 * BLOCK, 10 * BLOCK), (len(data) - 3, 3)])
+    faults.every = 0
+    faults.before = lambda environ: "403 Forbidden"
+    again = Blocks(file.seen)  # another reader of this machine
+    assert again.pread(10 * BLOCK, 5 * BLOCK) == data[5 * BLOCK : 15 * BLOCK]
+    again.seek(-7, os.SEEK_END)
+    assert again.read() == data[-7:]
+    with pytest.raises(ReadError):
+        again.pread(1, 30 * BLOCK)
+
+
+def test_neighbouring_blocks_come_by_one_request(faults):
+    uri = f"s3://{BUCKET}/blocks/runs"
+    storage.write_atomic(storage.place(uri), bytes(12 * BLOCK))
+    file = Blocks(look(uri))
+    asked = []
+    faults.before = lambda environ: asked.append(environ.get("HTTP_RANGE"))
+    file.pread(1, 4 * BLOCK)
+    file.pread(10 * BLOCK, 0)  # all but the one that is there
+    assert sorted(asked) == sorted(f"bytes={a * BLOCK}-{b * BLOCK - 1}" for a, b in [(4, 5), (0, 4), (5, 10)])
+
+
+def test_an_object_that_changes_between_two_blocks_is_an_error(faults):
+    place = storage.place(f"s3://{BUCKET}/blocks/changing")
+    storage.write_atomic(place, b"a" * (3 * BLOCK))
+    file = Blocks(look(str(place)))
+    assert file.pread(1, 0) == b"a"
+    storage.write_atomic(place, b"b" * (3 * BLOCK))
+    with pytest.raises(SourceChanged, match="changed while it was read"):
+        file.pread(1, 2 * BLOCK)
+
+
+def test_blocks_stay_within_the_cache_and_within_reach_when_evicted(faults, monkeypatch):
+    data = np.random.default_rng(1).bytes(12 * BLOCK)
+    uri = f"s3://{BUCKET}/blocks/evicted"
+    storage.write_atomic(storage.place(uri), data)
+    monkeypatch.setenv("SLIDEFLOW_RAY_CACHE_GB", str(4.5 * BLOCK / 1e9))
+    file = Blocks(look(uri))
+    for offset in [*range(0, 12 * BLOCK, BLOCK), 0, 5 * BLOCK]:
+        assert file.pread(BLOCK, offset) == data[offset : offset + BLOCK]
+        assert sum(path.stat().st_size for path in cache_folder().rglob("*") if path.is_file()) <= 4.5 * BLOCK
+    with pytest.raises(DiskFull, match="SLIDEFLOW_RAY_CACHE"):
+        file.pread(8 * BLOCK, 0)
+
+
+def test_what_a_killed_process_was_fetching_is_swept_and_a_living_one_s_is_counted(faults, monkeypatch):
+    monkeypatch.setenv("SLIDEFLOW_RAY_CACHE_GB", "0.000010")
+    dead = cache_folder() / ".partial-9000-dead"
+    dead.mkdir()
+    (dead / "owner").touch()
+    with room("one", 6000):
+        assert not dead.exists()
+        with pytest.raises(DiskFull, match="being fetched"), room("two", 6000):
+            pass
+    with room("two", 6000):
+        pass
+
+
+@pytest.mark.parametrize("how", ["sparse", "dense"])
+def test_both_ways_of_reading_give_the_bytes_of_the_local_run(how, faults, noisy, bundles, tmp_path):
+    run_of(str(noisy / f"{how}.csv"), str(bundles["aligned"]), str(tmp_path / "out"))
+    cohort = uploaded(noisy, f"noisy-{how}")
+    sizes: list[int] = []
+    faults.sent = lambda environ, size: sizes.append(size) if "n.tif" in environ["PATH_INFO"] else None
+    faults.every = 11
+    out = f"s3://{BUCKET}/results/noisy-{how}"
+    counts = run_of(f"{cohort}/{how}.csv", str(bundles["aligned"]), out)
+    faults.every = 0
+    assert counts == {"done": 1, "failed": 0, "refused": 0}
+    assert sums(arrays(str(tmp_path / "out"))) == sums(arrays(out))
+    (identity_,) = (o["identity"] for o in storage.read_json(storage.place(out) / "run.json")["outcomes"].values())
+    size = (noisy / "n.tif").stat().st_size
+    assert sum(sizes) < size / 2 if how == "sparse" else sum(sizes) >= size
+    assert identity_.startswith("etag:" if how == "sparse" else "sha256:")
+    assert [s.attrs["identity"] for s in stores(out)] == [identity_]
+    sizes.clear()
+    shutil.rmtree(cache_folder())
+    again = run(RunSpec.parse(json.loads((storage.place(out) / "run.json").read_text())["spec"], "test"))
+    assert not again.changed
+    assert sum(sizes) < size / 2 if how == "sparse" else sum(sizes) >= size  # opened again, from nothing
