@@ -2,7 +2,8 @@
 
     python benchmarks/remote.py [--latency 0.03] [--mb-per-s 50] [--side 9216] [--block 262144] [--repeats 3]
 
-moto's S3 server on 127.0.0.1, with a pause before each answer and a bandwidth for each connection. Both ways read
+A web server of its own process on 127.0.0.1 (ETags and ranges, as a bucket has them; moto reads the whole object for
+every part of it), with a pause before each answer and a bandwidth for each connection. Both ways read
 the overview and every tile of the tissue, from an empty cache, as one reader of a run does. `share` is what
 `sparse.share` says of the tiles before they are read. A row with mpp 2 is a model that reads a coarser level.
 """
@@ -18,12 +19,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from slideflow_ray import blocks, sparse, storage
+from slideflow_ray import blocks, sparse
 from slideflow_ray.grid import Grid, make_grid
 from slideflow_ray.phantoms import halved, write_pyramid
 from slideflow_ray.remote import fetched, look
@@ -32,10 +34,10 @@ from slideflow_ray.specs import TileSpec
 from slideflow_ray.tissue import LEVEL0_PX, TissueMask, thumbnail, thumbnail_size
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from object_store import BUCKET, object_store
+from web_server import own_process
 
 MASK = 96
-CASES = ((0.05, 0.5), (0.3, 0.5), (0.8, 0.5), (0.8, 2.0))
+CASES = ((0.05, 0.5), (0.3, 0.5), (0.8, 0.5), (0.3, 1.0), (0.8, 1.0), (0.8, 2.0))
 
 
 def tissue_of(part: float) -> npt.NDArray[np.bool_]:
@@ -85,7 +87,7 @@ def timed(open_it: Callable[[str], SlideReader], uri: str, grid: Grid, mpp: floa
     return time.perf_counter() - began, total
 
 
-def measure(uri: str, part: float, mpp: float, sizes: list[int], repeats: int) -> None:
+def measure(uri: str, part: float, mpp: float, count: Any, repeats: int) -> None:
     mask = tissue_of(part)
     with by_copy(uri) as reader:
         spec = TileSpec(tile_px=224, mpp=mpp, min_tissue=0.5)
@@ -95,21 +97,21 @@ def measure(uri: str, part: float, mpp: float, sizes: list[int], repeats: int) -
     with by_blocks(uri) as reader:
         share = sparse.share(reader, [(grid, spec)], size)  # type: ignore[arg-type]
     seconds: dict[str, list[float]] = {"blocks": [], "copy": []}
-    fetched_: dict[str, int] = {}
+    cost: dict[str, tuple[int, int]] = {}
     sums = set()
     for _ in range(repeats):
         for name, way in (("blocks", by_blocks), ("copy", by_copy)):
-            sizes.clear()
+            count[0] = count[1] = 0
             took, total = timed(way, uri, grid, mpp)
             seconds[name].append(took)
-            fetched_[name] = sum(sizes)
+            cost[name] = (count[0], count[1])
             sums.add(total)
     if len(sums) != 1:
         raise SystemExit("The two ways gave different pixels.")
     a, b = (statistics.median(seconds[name]) for name in ("blocks", "copy"))
     print(
         f"{part:4.0%} tissue, {mpp:g} um/px: {len(grid):5} tiles, file {size / 1e6:5.1f} MB, share {share:4.2f} | "
-        f"bytes {fetched_['blocks'] / 1e6:5.1f} MB ({fetched_['blocks'] / size:4.2f}) | "
+        f"{cost['blocks'][0]:4} requests, {cost['blocks'][1] / 1e6:5.1f} MB ({cost['blocks'][1] / size:4.2f}) | "
         f"blocks {a:5.2f} s, copy {b:5.2f} s, ratio {a / b:4.2f}",
         flush=True,
     )
@@ -124,24 +126,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     told = parser.parse_args()
     blocks.BLOCK = sparse.BLOCK = told.block
-    with tempfile.TemporaryDirectory() as folder, object_store() as (url, faults):
-        secrets = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark", "AWS_REGION": "us-east-1"}
-        os.environ.update(secrets, AWS_ENDPOINT_URL=url, AWS_ALLOW_HTTP="true")
-        os.environ["SLIDEFLOW_RAY_CACHE"] = f"{folder}/cache"
-        sizes: list[int] = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(SLIDEFLOW_RAY_ALLOW="http", SLIDEFLOW_RAY_CACHE=f"{folder}/cache")
+        slides = Path(folder) / "slides"
         for part in dict.fromkeys(part for part, _ in CASES):
-            slide = Path(folder) / "slide.tif"
-            write_slide(slide, told.side, tissue_of(part))
-            uri = f"s3://{BUCKET}/{round(100 * part)}.tif"
-            storage.write_atomic(storage.place(uri), slide.read_bytes())
-
-        def sent(environ: dict[str, object], size: int) -> None:
-            sizes.append(size)
-            time.sleep(size / told.mb_per_s / 1e6)
-
-        faults.before, faults.sent = lambda environ: time.sleep(told.latency), sent
-        for part, mpp in CASES:
-            measure(f"s3://{BUCKET}/{round(100 * part)}.tif", part, mpp, sizes, told.repeats)
+            write_slide(slides / f"{round(100 * part)}.tif", told.side, tissue_of(part))
+        with own_process(slides, told.latency, told.mb_per_s * 1e6) as (url, count):
+            for part, mpp in CASES:
+                measure(f"{url}/{round(100 * part)}.tif", part, mpp, count, told.repeats)
 
 
 if __name__ == "__main__":

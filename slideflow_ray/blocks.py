@@ -121,17 +121,16 @@ class Blocks(io.RawIOBase):
 
     def _ask(self, run: tuple[int, int]) -> bytes:
         """Return the bytes of blocks `run`, by one request. Raises SourceChanged, NoRanges, ReadError."""
-        import obstore
         from obstore.exceptions import NotSupportedError
 
-        from slideflow_ray.bucket import tried
+        from slideflow_ray.bucket import get, tried
 
         (part,) = self.seen.parts
         store, _ = storage.split_uri(self.seen.uri)
         options: Any = {"range": (run[0] * BLOCK, min(run[1] * BLOCK, self.size)), "if_match": part.e_tag}
 
         def ask() -> bytes:
-            got = obstore.get(store, part.key, options=options)
+            got = get(store, part.key, options)
             check_unchanged(self.seen, part, got.meta)
             return bytes(got.bytes())
 

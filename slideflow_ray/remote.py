@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from slideflow_ray import storage
 from slideflow_ray.cache import cache_folder, room
@@ -72,14 +72,16 @@ class Seen:
 
 def look(uri: str) -> Seen:
     """Return what a remote uri names now. Raises SlideNotFound, ReadError (no access, or no answer in two minutes)."""
+    from slideflow_ray.bucket import head
+
     store, key = storage.split_uri(uri)
     with speaking_of(uri):
         try:
-            return Seen(uri, (_part(_head(store, key)),), True)
+            return Seen(uri, (_part(head(store, key)),), True)
         except FileNotFoundError:
             if storage.scheme_of(uri) in WEB:
                 raise SlideNotFound(f"{uri} does not exist.") from None
-        parts = _listed(uri, store, key)
+        parts = _listed(uri, cast("ObjectStore", store), key)
     if not parts:
         raise SlideNotFound(f"{uri} does not exist.")
     return Seen(uri, tuple(sorted(parts, key=lambda part: part.key)), False)
@@ -100,12 +102,6 @@ def _listed(uri: str, store: ObjectStore, key: str) -> list[Part]:
         return parts
 
     return tried(ask)
-
-
-def _head(store: ObjectStore, key: str) -> Any:
-    import obstore
-
-    return obstore.head(store, key)
 
 
 def _part(about: Any) -> Part:
@@ -172,11 +168,10 @@ def _download(seen: Seen, part: Part, path: Path) -> None:
 
 
 def _stream(seen: Seen, part: Part, path: Path) -> None:
-    import obstore
+    from slideflow_ray.bucket import get
 
     store, _ = storage.split_uri(seen.uri)
-    options: Any = {"if_match": part.e_tag} if part.e_tag else {}
-    got = obstore.get(store, part.key, options=options)
+    got = get(store, part.key, {"if_match": part.e_tag} if part.e_tag else {})
     check_unchanged(seen, part, got.meta)
     length = 0
     with path.open("wb") as file:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
     from zarr.abc.store import Store
 
+    from slideflow_ray.website import Website
+
 ALLOW = "SLIDEFLOW_RAY_ALLOW"
 """Names the environment variable with the schemes of `uris.WEB` that are opened too, with a comma between them."""
 
@@ -45,10 +47,15 @@ def scheme_of(uri: str) -> str:
     except ValueError as error:
         raise ConfigError(f"{uri.split('@')[-1]} {error}.") from error
     scheme = uri.split("://", 1)[0]
-    if scheme in WEB and scheme not in (name.strip() for name in os.environ.get(ALLOW, "").split(",")):
+    if scheme in WEB and scheme not in allowed_web():
         step = f"Set {ALLOW}={scheme} in the environment of every process to allow it."
         raise ConfigError(f"{uri} lies on the web, which is not opened.", next_step=step)
     return scheme
+
+
+def allowed_web() -> tuple[str, ...]:
+    """Return the schemes of the web that this process opens."""
+    return tuple(name for text in os.environ.get(ALLOW, "").split(",") if (name := text.strip()) in WEB)
 
 
 def is_remote(place: str | Path) -> bool:
@@ -88,12 +95,15 @@ def place(uri: str | Path) -> Path:
     return cast(Path, UPath(str(uri).rstrip("/")))
 
 
-def split_uri(uri: str) -> tuple[ObjectStore, str]:
-    """Return the object store of a remote uri, and the key in it."""
+def split_uri(uri: str) -> tuple[ObjectStore | Website, str]:
+    """Return the object store (or web server) of a remote uri, and the key in it."""
     from slideflow_ray.bucket import opened
+    from slideflow_ray.website import Website
 
     parts = urlsplit(uri)
-    return opened(f"{parts.scheme}://{parts.netloc}"), uri.split("://", 1)[1].partition("/")[2]
+    root = f"{parts.scheme}://{parts.netloc}"
+    store = Website(root, allowed_web()) if parts.scheme in WEB else opened(root)
+    return store, uri.split("://", 1)[1].partition("/")[2]
 
 
 def zarr_store(root: Path) -> Path | Store:
@@ -211,7 +221,7 @@ def _put(path: Path, data: bytes, mode: Any = "overwrite") -> None:
 
     store, key = split_uri(str(path))
     try:
-        obstore.put(store, key, data, mode=mode)
+        obstore.put(cast("ObjectStore", store), key, data, mode=mode)
     except (AlreadyExistsError, PreconditionError, FileNotFoundError):
         raise
     except BaseError as error:

@@ -52,11 +52,11 @@ def _check_address(host: str | None, user: str | None, password: str | None) -> 
         raise ValueError("holds credentials; they come from the environment, never from a cohort")
     if not host:
         raise ValueError("names no host or bucket")
-    if host.rstrip(".") in METADATA or _is_forbidden(host):
+    if host.rstrip(".") in METADATA or is_forbidden(host):
         raise ValueError("names a link-local or metadata address, which is not allowed")
 
 
-def _is_forbidden(host: str) -> bool:
+def is_forbidden(host: str) -> bool:
     """Whether a host is an address, in any spelling that the resolver takes (decimal, hex, octal), that is refused."""
     try:
         address = ipaddress.ip_address(socket.inet_ntoa(socket.inet_aton(host)))

@@ -15,6 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     ["errors", "events", "geometry", "specs", "texts", "uris"],
+    ["website"],
     ["bucket"],
     ["storage"],
     ["cache"],

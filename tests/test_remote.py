@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +15,10 @@ import pytest
 import zarr
 from object_store import BUCKET, Faults, object_store
 from PIL import Image
+from web_server import Web, web_server
 
-from slideflow_ray import bucket, storage
-from slideflow_ray.blocks import BLOCK, Blocks
+from slideflow_ray import bucket, storage, website
+from slideflow_ray.blocks import BLOCK, Blocks, NoRanges
 from slideflow_ray.cache import cache_folder, room
 from slideflow_ray.errors import ConfigError, DiskFull, LeaseError, ReadError, SlideNotFound, SourceChanged
 from slideflow_ray.identity import identity
@@ -248,27 +247,92 @@ def test_link_local_addresses_are_refused(monkeypatch, host):
         at_hand(f"http://{host}/latest/meta-data")
 
 
-def test_a_slide_on_the_web_where_that_is_allowed(monkeypatch, marked, tmp_path):
+@pytest.fixture
+def web(monkeypatch, tmp_path) -> Iterator[tuple[str, Web]]:
     monkeypatch.setenv("SLIDEFLOW_RAY_ALLOW", "http")
     monkeypatch.setenv("SLIDEFLOW_RAY_CACHE", str(tmp_path / "cache"))
-    handler = functools.partial(Quiet, directory=str(marked))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        with open_slide(f"http://127.0.0.1:{server.server_port}/a.tif", modality="tem") as reader:
-            assert reader.size_px0 == (701, 1203)
-        with pytest.raises(SlideNotFound):
-            at_hand(f"http://127.0.0.1:{server.server_port}/none.tif")
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    (tmp_path / "www").mkdir()
+    with web_server(tmp_path / "www") as (url, found):
+        yield url, found
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args) -> None:
-        pass
+@pytest.mark.parametrize("tags", [True, False])
+def test_a_slide_on_the_web_where_that_is_allowed(tags, web, marked):
+    url, server = web
+    server.tags = tags
+    shutil.copy(marked / "a.tif", server.folder / "a slide.tif")
+    with open_slide(f"{url}/a%20slide.tif", modality="tem") as reader:
+        assert reader.size_px0 == (701, 1203)
+    with pytest.raises(SlideNotFound):
+        at_hand(f"{url}/none.tif")
+
+
+def test_parts_of_a_file_on_the_web(web):
+    url, server = web
+    data = np.random.default_rng(3).bytes(3 * BLOCK)
+    (server.folder / "a").write_bytes(data)
+    assert Blocks(look(f"{url}/a")).pread(BLOCK, 9) == data[9 : BLOCK + 9]
+    assert [wanted for _, _, wanted in server.asked] == ["", f"bytes=0-{2 * BLOCK - 1}"]
+    server.ranges = False
+    with pytest.raises(NoRanges):
+        Blocks(look(f"{url}/a")).pread(1, 2 * BLOCK)
+    assert at_hand(f"{url}/a").read_bytes() == data
+    server.tags = False
+    assert not look(f"{url}/a").fixed  # nothing would say that parts belong together
+
+
+@pytest.mark.parametrize("conditions", [True, False])
+def test_a_file_on_the_web_that_changes_is_an_error(conditions, web):
+    url, server = web
+    (server.folder / "a").write_bytes(b"old" * 1000)
+    seen = look(f"{url}/a")
+    (server.folder / "a").write_bytes(b"new" * 1000)
+    server.conditions = conditions  # not every server knows If-Match
+    for read in (fetched, lambda seen: Blocks(seen).pread(1, 0)):
+        with pytest.raises(SourceChanged):
+            read(seen)
+    server.tags = False
+    seen = look(f"{url}/a")
+    (server.folder / "a").write_bytes(b"longer" * 1000)
+    with pytest.raises(ReadError, match="bytes"):
+        fetched(seen)
+
+
+@pytest.mark.parametrize(
+    "goal",
+    [
+        "http://169.254.169.254/latest/meta-data",
+        "http://0xA9FEA9FE/latest/meta-data",
+        "http://user:secret@127.0.0.1/a",
+        "https://127.0.0.1/a",  # allowed is http
+        "file:///etc/hostname",
+        "ftp://127.0.0.1/a",
+    ],
+)
+def test_a_redirect_to_where_a_cohort_may_not_go_is_refused(goal, web):
+    url, server = web
+    server.moved["/r"] = goal
+    with pytest.raises(ReadError, match=r"cannot be fetched") as error:
+        at_hand(f"{url}/r")
+    assert "secret" not in str(error.value)
+    assert len(server.asked) == 1
+
+
+def test_a_redirect_to_elsewhere_is_followed_and_one_in_circles_is_not(web):
+    url, server = web
+    (server.folder / "b").write_bytes(b"here")
+    server.moved = {"/a": "/b", "/r": "/s", "/s": "/r"}
+    assert at_hand(f"{url}/a").read_bytes() == b"here"
+    with pytest.raises(ReadError):
+        at_hand(f"{url}/r")
+
+
+def test_a_name_that_turns_out_to_be_a_link_local_address_is_not_asked(web, monkeypatch):
+    url, server = web
+    monkeypatch.setattr(website, "is_forbidden", lambda address: address == "127.0.0.1")
+    with pytest.raises(ReadError, match="link-local"):
+        at_hand(f"{url}/a")
+    assert server.asked == []
 
 
 # by blocks
