@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from slideflow_ray.website import Website
 
+COLLAPSED = re.compile(r"(?:^|/)(?:s3|gs|https?):/.*")
 ALLOW = "SLIDEFLOW_RAY_ALLOW"
 """Names the environment variable with the schemes of `uris.WEB` that are opened too, with a comma between them."""
 
@@ -41,6 +43,8 @@ def scheme_of(uri: str) -> str:
     ('s3', '')
     """
     if "://" not in uri:
+        if lost := COLLAPSED.search(uri):  # pathlib makes one slash of two: never a folder named "s3:"
+            raise ConfigError(f"{lost[0]}... is taken for a local path here.", next_step="Name a local path.")
         return ""
     try:
         check_uri(uri)
@@ -251,6 +255,31 @@ def _temporary(path: Path, data: bytes) -> Iterator[str]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def copy_tree(folder: Path, goal: Path) -> None:
+    """Copy the files below a folder of zarr to another place, replacing what is there.
+
+    On disk the whole folder appears at once. An object store renames nothing: there the folder's own zarr.json goes
+    first and comes last, so that what is half there is no group.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    names = sorted(files, key=lambda name: (name == "zarr.json", name))
+    if is_remote(goal):
+        (goal / "zarr.json").unlink(missing_ok=True)
+        for old in [path for path in goal.rglob("*") if path.is_file()]:
+            old.unlink(missing_ok=True)
+        for name in names:
+            write_atomic(goal / name, files[name].read_bytes())
+        return
+    with tempfile.TemporaryDirectory(prefix=".copy.", dir=goal.parent) as scratch:
+        new = Path(scratch) / "new"
+        for name in names:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_bytes(files[name].read_bytes())
+        if goal.exists():
+            os.rename(goal, Path(scratch) / "old")
+        os.rename(new, goal)
 
 
 def to_json(value: object) -> bytes:

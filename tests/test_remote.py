@@ -15,16 +15,23 @@ import pytest
 import zarr
 from object_store import BUCKET, Faults, object_store
 from PIL import Image
+from scored import two_class, write_scored_run
 from web_server import Web, web_server
 
 from slideflow_ray import bucket, storage, website
 from slideflow_ray.blocks import BLOCK, Blocks, NoRanges
 from slideflow_ray.cache import cache_folder, room
+from slideflow_ray.calibrate import calibrate
+from slideflow_ray.collect import collect
 from slideflow_ray.errors import ConfigError, DiskFull, LeaseError, ReadError, SlideNotFound, SourceChanged
+from slideflow_ray.evaluate import evaluate
+from slideflow_ray.export import export
 from slideflow_ray.identity import identity
 from slideflow_ray.lease import held, lease
 from slideflow_ray.phantoms import halved, write_pyramid
+from slideflow_ray.promote import promote
 from slideflow_ray.remote import at_hand, fetched, look
+from slideflow_ray.report import write_report
 from slideflow_ray.run import run
 from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import RunSpec
@@ -447,3 +454,36 @@ def test_both_ways_of_reading_give_the_bytes_of_the_local_run(how, faults, noisy
     again = run(RunSpec.parse(json.loads((storage.place(out) / "run.json").read_text())["spec"], "test"))
     assert not again.changed
     assert sum(sizes) < size / 2 if how == "sparse" else sum(sizes) >= size  # opened again, from nothing
+
+
+def test_answers_and_exports_of_a_run_in_a_bucket_are_those_on_disk(faults, tmp_path):
+    rng = np.random.default_rng(0)
+    drawn = [
+        (name, split, tumour) for split in ("val", "test") for name, tumour in ((f"{split}1", True), (split, False))
+    ]
+    slides = [two_class(tmp_path, rng, name, f"p{name}", split, tumour) for name, split, tumour in drawn]
+    places = [tmp_path / "out", storage.place(f"s3://{BUCKET}/answers")]
+    found = []
+    for out in places:
+        write_scored_run(out, slides, heatmaps=True)
+        evaluate(out)
+        calibrate(out)
+        write_report(out)
+        for to in ("geojson", "parquet", "csv", "ome-tiff", "ome-zarr", "ome-zarr"):  # the second replaces the first
+            export(out, to)
+        found.append({p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()})
+    here, there = ({n: b for n, b in files.items() if ".cache" not in n} for files in found)
+    assert sorted(here) == sorted(there)
+    differ = [name for name in here if here[name] != there[name]]
+    assert set(differ) <= {"run.json", "report.html"}  # they name the place
+    local = export(places[1], "ome-zarr", folder=tmp_path / "copied").files
+    assert zarr.open_group(local[0], mode="r")["0"][...].tobytes()
+
+
+def test_what_works_on_disk_only_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="promoted on disk only"):
+        promote(tmp_path, f"s3://{BUCKET}/models/a", "cohort.csv")
+    with pytest.raises(ConfigError, match="not searched"):
+        collect(storage.place(f"s3://{BUCKET}/slides"))
+    with pytest.raises(ConfigError, match="taken for a local path"):
+        storage.place(Path(f"s3://{BUCKET}/out"))  # pathlib has made one slash of two
