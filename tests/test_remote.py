@@ -7,6 +7,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +40,7 @@ from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import RunSpec
 from slideflow_ray.store import stores, verify
 
+ROOT = Path(__file__).resolve().parent.parent
 SECRET = "wJalrXUtnFEMI-SECRET"
 
 
@@ -454,6 +458,42 @@ def test_both_ways_of_reading_give_the_bytes_of_the_local_run(how, faults, noisy
     again = run(RunSpec.parse(json.loads((storage.place(out) / "run.json").read_text())["spec"], "test"))
     assert not again.changed
     assert sum(sizes) < size / 2 if how == "sparse" else sum(sizes) >= size  # opened again, from nothing
+
+
+def test_under_ray_slides_and_results_in_a_bucket_give_the_arrays_of_the_local_run(
+    faults, marked, bundles, tmp_path, request
+):
+    """The driver starts a small Ray of its own; its workers take endpoint and credentials from their environment."""
+    (marked / "ray.csv").write_text("slide_id,uri,modality\nb,b.tif,tem\nc,c.tif,tem\n")
+    run_of(str(marked / "ray.csv"), str(bundles["aligned"]), str(tmp_path / "out"))
+    cohort = uploaded(marked, "ray")
+    bundle = uploaded(bundles["aligned"], "bundles/ray")
+    out = f"s3://{BUCKET}/results/ray"
+    values = {"cohort": f"{cohort}/ray.csv", "out": out, "model": [{"path": bundle}]}
+    spec = json.dumps({**values, "executor": {"kind": "ray", "workers": 2}})
+    folder = Path(tempfile.mkdtemp(prefix="sf-"))  # short: sockets' names have at most 107 bytes
+    request.addfinalizer(lambda: shutil.rmtree(folder, ignore_errors=True))
+    folder = Path(tempfile.mkdtemp(prefix="sf-", dir="/tmp"))
+    request.addfinalizer(lambda: shutil.rmtree(folder, ignore_errors=True))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(folder)}
+    faults.every = 29
+    driver = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "drive_bucket.py"), spec],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    faults.every = 0
+    assert driver.returncode == 0, driver.stderr[-3000:]
+    assert json.loads(driver.stdout) == {"done": 2, "failed": 0, "refused": 0}
+    local, remote = arrays(str(tmp_path / "out")), arrays(out)
+    assert sorted(local) == sorted(remote)
+    assert [name for name in local if local[name] != remote[name]] == []
+    logs = [path for path in folder.rglob("*") if path.suffix in (".log", ".out", ".err")]
+    assert logs
+    assert [path for path in logs if SECRET in path.read_text(errors="replace")] == []
 
 
 def test_answers_and_exports_of_a_run_in_a_bucket_are_those_on_disk(faults, tmp_path):
