@@ -471,9 +471,7 @@ def test_under_ray_slides_and_results_in_a_bucket_give_the_arrays_of_the_local_r
     out = f"s3://{BUCKET}/results/ray"
     values = {"cohort": f"{cohort}/ray.csv", "out": out, "model": [{"path": bundle}]}
     spec = json.dumps({**values, "executor": {"kind": "ray", "workers": 2}})
-    folder = Path(tempfile.mkdtemp(prefix="sf-"))  # short: sockets' names have at most 107 bytes
-    request.addfinalizer(lambda: shutil.rmtree(folder, ignore_errors=True))
-    folder = Path(tempfile.mkdtemp(prefix="sf-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="sf-", dir="/tmp"))  # short: names of sockets have at most 107 bytes
     request.addfinalizer(lambda: shutil.rmtree(folder, ignore_errors=True))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(folder)}
     faults.every = 29
