@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
 import fsspec
+import obstore
 from obstore.exceptions import GenericError
 from obstore.fsspec import FsspecStore
-from obstore.store import GCSStore, HTTPStore, ObjectStore, S3Store
+from obstore.store import GCSStore, ObjectStore, S3Store
 from zarr.storage import ObjectStore as ZarrObjectStore
+
+from slideflow_ray.website import Website
 
 TRIES = 6
 PAUSE_S = 0.1
@@ -31,7 +35,7 @@ _RETRY: Any = {
 
 @lru_cache(maxsize=256)
 def opened(root: str, prefix: str = "") -> ObjectStore:
-    """Return the object store of ``s3://bucket``, or what lies below a prefix.
+    """Return the object store of ``s3://bucket`` or ``gs://bucket``, or what lies below a prefix.
 
     Requests are repeated with growing pauses, for two minutes. Credentials and endpoint come from the
     environment (AWS_..., GOOGLE_...), and are written nowhere.
@@ -39,22 +43,47 @@ def opened(root: str, prefix: str = "") -> ObjectStore:
     scheme, _, name = root.partition("://")
     if scheme == "s3":
         return S3Store(name, prefix=prefix or None, retry_config=_RETRY)
-    if scheme == "gs":
-        return GCSStore(name, prefix=prefix or None, retry_config=_RETRY)
-    plain: Any = {"client_options": {"allow_http": True}} if scheme == "http" else {}
-    return HTTPStore.from_url(root, retry_config=_RETRY, **plain)
+    return GCSStore(name, prefix=prefix or None, retry_config=_RETRY)
 
 
 async def again[T](ask: Callable[[], Awaitable[T]]) -> T:
     """Return what `ask` gives, asking again with growing pauses where an answer breaks off."""
-    for attempt in range(TRIES):
+    for attempt in range(TRIES - 1):
         try:
             return await ask()
         except GenericError:
-            if attempt == TRIES - 1:
-                raise
             await asyncio.sleep(PAUSE_S * 2**attempt)
-    raise AssertionError
+    return await ask()
+
+
+def tried[T](ask: Callable[[], T]) -> T:
+    """Return what `ask` gives, asking again as `again` does."""
+    for attempt in range(TRIES - 1):
+        try:
+            return ask()
+        except GenericError:
+            time.sleep(PAUSE_S * 2**attempt)
+    return ask()
+
+
+def head(store: ObjectStore | Website, key: str) -> Any:
+    """Return what is known of an object, with its path, size and e_tag."""
+    return tried(lambda: store.head(key) if isinstance(store, Website) else obstore.head(store, key))
+
+
+def get(store: ObjectStore | Website, key: str, options: Any = None) -> Any:
+    """Return an object that is still to be read: see obstore.get."""
+    return store.get(key, options or {}) if isinstance(store, Website) else obstore.get(store, key, options=options)
+
+
+def versioned(store: ObjectStore | Website, key: str) -> tuple[bytes, str]:
+    """Return an object's bytes and the ETag that belongs to them. Raises FileNotFoundError."""
+
+    def ask() -> tuple[bytes, str]:
+        got = get(store, key)
+        return bytes(got.bytes()), got.meta["e_tag"] or ""
+
+    return tried(ask)
 
 
 class _Files(FsspecStore):

@@ -78,7 +78,7 @@ def calibrate(out: str | Path, split: str = FITTED) -> tuple[tuple[Calibration, 
         raise ConfigError(
             f"A temperature is not fitted on {JUDGED!r}, which only judges.", next_step="Use --split val."
         )
-    run = read_run(Path(out))
+    run = read_run(storage.place(out))
     with lease(run.out):
         found = [(model, fit_model(run, model, split)) for model in run.models]
         done = tuple(one for _, one in found if one)
@@ -100,7 +100,7 @@ def _record(done: Sequence[Calibration], notes: Sequence[str]) -> dict[str, Any]
 
 def read_calibrations(out: str | Path) -> dict[str, Calibration]:
     """Return what `calibrate` wrote, by the model's node; nothing where it has not run. Raises ConfigError."""
-    found = storage.read_json(Path(out) / TEMPERATURE)
+    found = storage.read_json(storage.place(out) / TEMPERATURE)
     parsed = [Calibration.parse(one, TEMPERATURE) for one in found["models"]] if found else []
     return {one.model: one for one in parsed}
 

@@ -115,6 +115,8 @@ def collect(
 
     Files of the same bytes go into the same split. Raises ConfigError.
     """
+    if storage.is_remote(folder):
+        raise ConfigError(f"{folder} lies in an object store, which is not searched.", next_step="List it yourself.")
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder.")
     if modality is not None and modality not in get_args(Modality):

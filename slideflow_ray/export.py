@@ -10,9 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -133,10 +130,11 @@ def export(
     current = read_current(out, record)
     if current.evaluation is None and current.stale:
         found.notes.append(f"Operating points and labels are left out, as they were {current.stale}.")
+    goal = storage.place(folder) if folder else out
     for scored in _scored(out, record, slides, models, current.evaluation):
-        found.files += writer(scored, Path(folder) if folder else out)
+        found.files += writer(scored, goal)
     if to in ("parquet", "csv"):
-        found.files += _images(out, record, slides, models, to, Path(folder) if folder else out)
+        found.files += _images(out, record, slides, models, to, goal)
     if not found.files:
         raise ConfigError(f"There is nothing in {out} to export to {to}.", next_step=NEEDS[to])
     return found
@@ -394,12 +392,7 @@ def _ome_zarr(scored: Scored, folder: Path) -> list[Path]:
     written = []
     for what, node in _pictures(scored):
         path = _target(scored, folder, "ome-zarr", f".{what}.ome.zarr")
-        with tempfile.TemporaryDirectory(prefix=".export.", dir=path.parent) as scratch:
-            new = Path(scratch) / "new"
-            shutil.copytree(scored.store.root / node, new)
-            if path.exists():
-                os.rename(path, Path(scratch) / "old")
-            os.rename(new, path)
+        storage.copy_tree(scored.store.root / node, path)
         written.append(path)
     return written
 

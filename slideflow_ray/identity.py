@@ -1,14 +1,25 @@
-"""What a file is: its SHA-256, remembered between runs by size and modification time."""
+"""What a file is: its SHA-256, remembered between runs by size and modification time.
+
+Of a remote slide that is read block by block it is ETag and size (``etag:...``), as nobody has read it whole; so the
+identity also remembers how the slide is read.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from slideflow_ray import storage
-from slideflow_ray.errors import ReadError, SlideNotFound
-from slideflow_ray.remote import fetched, look
+from slideflow_ray.blocks import Blocks
+from slideflow_ray.errors import ReadError, SlideNotFound, SourceChanged
+from slideflow_ray.remote import Seen, copied, fetched, look
+
+Sparse = Callable[[Seen], bool]
+"""Says whether a remote slide is to be read by blocks; asked once, when it is met for the first time."""
+
+ETAG = "etag:"
 
 
 class Identities:
@@ -22,13 +33,14 @@ class Identities:
         self._known: dict[str, dict[str, Any]] = (storage.read_json(note) if note else None) or {}
         self._new = False
 
-    def of(self, uri: str, sha256: str | None = None) -> str:
+    def of(self, uri: str, sha256: str | None = None, sparse: Sparse | None = None) -> str:
         """Return ``sha256:<64 hex>`` of a local file; for a folder (a multi-file slide) that of its files.
 
+        Of a remote one ``etag:<ETag>:<size>`` where it is `sparse`, and no `sha256` is to be compared.
         Raises SlideNotFound, and ReadError when `sha256` is given and is another.
         """
         if storage.is_remote(uri):
-            return self._remote(uri, sha256)
+            return self._remote(uri, sha256, sparse)
         path = storage.local_path(uri)
         if not path.exists():
             raise SlideNotFound(f"{uri} does not exist.")
@@ -41,18 +53,30 @@ class Identities:
             self._new = True
         return _checked(uri, str(known["identity"]), sha256)
 
-    def _remote(self, uri: str, sha256: str | None) -> str:
+    def _remote(self, uri: str, sha256: str | None, sparse: Sparse | None) -> str:
         """The same of a remote object, by its copy; one whose ETag and size are known is not fetched for it."""
         now = look(uri)
-        seen = [now.identity, now.size]
         known = self._known.get(uri)
-        if known is None or known["seen"] != seen:
-            copy = fetched(now)
-            files = sorted(p for p in copy.rglob("*") if p.is_file()) if copy.is_dir() else [copy]
-            known = {"seen": seen, "identity": f"sha256:{_hash(files, copy)}"}
+        if known is None or known["seen"] != _mark(now) or (sha256 and known["identity"].startswith(ETAG)):
+            known = {"seen": _mark(now), "identity": _identity(now, None if sha256 else sparse)}
             self._known[uri] = known
             self._new = True
         return _checked(uri, str(known["identity"]), sha256)
+
+    def source(self, uri: str) -> Path | Blocks:
+        """Return where a slide's bytes are at hand, as it was decided when its identity was found.
+
+        A path, or a file that is fetched block by block. Raises SlideNotFound, ReadError, DiskFull, and SourceChanged
+        where a remote slide is not what it was then.
+        """
+        if not storage.is_remote(uri):
+            return storage.local_path(uri)
+        now, known = look(uri), self._known.get(uri)
+        if known is not None and known["seen"] != _mark(now):
+            raise SourceChanged(f"{uri} changed after its tiles were laid.", next_step="Run again: it is planned anew.")
+        if known is not None and known["identity"].startswith(ETAG):
+            return copied(now) or Blocks(now)
+        return fetched(now)
 
     def save(self) -> None:
         """Write the note, if anything was hashed."""
@@ -61,17 +85,38 @@ class Identities:
             self._new = False
 
 
-def identity(uri: str, cache: Path | None = None, sha256: str | None = None) -> str:
+def identity(uri: str, cache: Path | None = None, sha256: str | None = None, sparse: Sparse | None = None) -> str:
     """Return the identity of one file, remembered in a note of its own below the folder `cache`.
 
     Raises SlideNotFound, ReadError (see `Identities.of`).
     """
-    where = uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute())
-    name = f"{hashlib.sha256(where.encode()).hexdigest()[:24]}.json"
-    known = Identities(cache / name if cache else None)
-    found = known.of(uri, sha256)
+    known = Identities(_note(uri, cache) if cache else None)
+    found = known.of(uri, sha256, sparse)
     known.save()
     return found
+
+
+def source(uri: str, cache: Path) -> Path | Blocks:
+    """Return where a slide's bytes are at hand, by the note that `identity` left (see `Identities.source`)."""
+    return Identities(_note(uri, cache) if storage.is_remote(uri) else None).source(uri)
+
+
+def _note(uri: str, cache: Path) -> Path:
+    where = uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute())
+    return cache / f"{hashlib.sha256(where.encode()).hexdigest()[:24]}.json"
+
+
+def _mark(seen: Seen) -> list[Any]:
+    return [seen.identity, seen.size]
+
+
+def _identity(seen: Seen, sparse: Sparse | None) -> str:
+    if sparse is not None and sparse(seen):
+        e_tag = seen.parts[0].e_tag.strip('"')
+        return f"{ETAG}{e_tag}:{seen.size}"
+    copy = fetched(seen)
+    files = sorted(p for p in copy.rglob("*") if p.is_file()) if copy.is_dir() else [copy]
+    return f"sha256:{_hash(files, copy)}"
 
 
 def _checked(uri: str, found: str, sha256: str | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import threading
@@ -16,8 +15,7 @@ from typing import Any
 import psutil
 
 from slideflow_ray import storage
-from slideflow_ray.errors import LeaseError, SlideNotFound
-from slideflow_ray.remote import look
+from slideflow_ray.errors import InfrastructureError, LeaseError
 
 EXPIRES_S = 60.0
 BEAT_S = 15.0
@@ -31,10 +29,10 @@ def lease(out: Path) -> Iterator[None]:
     that cannot be known, is taken over. Raises LeaseError while another run holds it.
     """
     path = out / "lease.json"
-    owner = uuid.uuid4().hex
-    _take(path, {"owner": owner, **_process()})
+    mine = storage.to_json({"owner": uuid.uuid4().hex, **_process()})
+    _take(path, mine)
     stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(path, owner, stop), daemon=True)
+    beat = threading.Thread(target=_beat, args=(path, mine, stop), daemon=True)
     beat.start()
     try:
         sweep(out)
@@ -43,33 +41,17 @@ def lease(out: Path) -> Iterator[None]:
     finally:
         stop.set()
         beat.join()
-        with _alone(path):
-            if (storage.read_json(path) or {}).get("owner") == owner:
-                path.unlink(missing_ok=True)
+        storage.discard(path, mine)
 
 
-def _take(path: Path, record: dict[str, Any]) -> None:
-    """Write the lease, in one step with the look at the one that is there. Raises LeaseError."""
-    with _alone(path):
-        seen = _seen(path)
-        there = storage.read_json(path)
-        if there is not None and _alive(path, there):
-            raise LeaseError(f"{path.parent} is in use by process {there.get('pid')} on {there.get('host')}.")
-        data = storage.to_json(record)
-        if not storage.is_remote(path):
-            storage.write_atomic(path, data)
-        elif not (storage.swap(path, seen, data) if seen else storage.create(path, data)):
-            raise LeaseError(f"{path.parent} was taken by another run at the same moment.")
-
-
-def _seen(path: Path) -> str:
-    """The ETag of a remote lease, "" where there is none (or it is a local file, which has a lock)."""
-    if not storage.is_remote(path):
-        return ""
-    try:
-        return look(str(path)).parts[0].e_tag
-    except SlideNotFound:
-        return ""
+def _take(path: Path, mine: bytes) -> None:
+    """Write the lease in the place of the one that was looked at. Raises LeaseError."""
+    before = storage.read_bytes(path)
+    there = storage.read_json(path) if before is not None else None
+    if there is not None and _alive(path, there):
+        raise LeaseError(f"{path.parent} is in use by process {there.get('pid')} on {there.get('host')}.")
+    if not storage.swap(path, before, mine):
+        raise LeaseError(f"{path.parent} was taken by another run at the same moment.")
 
 
 def held(out: Path) -> bool:
@@ -77,22 +59,6 @@ def held(out: Path) -> bool:
     path = out / "lease.json"
     there = storage.read_json(path)
     return there is not None and _alive(path, there)
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Look at the lease and change it as one step, against others that do the same.
-
-    An object store has no locks: there the change itself is conditional.
-    """
-    if storage.is_remote(path):
-        yield
-        return
-    lock = path.parent / ".cache" / "lease.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _process() -> dict[str, Any]:
@@ -129,20 +95,12 @@ def _fresh(path: Path) -> bool:
         return False
 
 
-def _beat(path: Path, owner: str, stop: threading.Event) -> None:
+def _beat(path: Path, mine: bytes, stop: threading.Event) -> None:
+    """Keep the lease young, until it is another's."""
     while not stop.wait(BEAT_S):
-        with contextlib.suppress(FileNotFoundError), _alone(path):
-            if (storage.read_json(path) or {}).get("owner") != owner:
+        with contextlib.suppress(OSError, InfrastructureError):  # the next beat may get through
+            if not storage.swap(path, mine, mine):
                 return
-            _touch(path)
-
-
-def _touch(path: Path) -> None:
-    """Make the lease young again; writing the same bytes is how an object store does it."""
-    if storage.is_remote(path):
-        storage.write_atomic(path, path.read_bytes())
-    else:
-        os.utime(path)
 
 
 def sweep(out: Path) -> int:

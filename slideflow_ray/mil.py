@@ -77,7 +77,7 @@ def apply_mil(
     Raises BundleError where the run's features are of another encoder, NanScore where a slide's answer is not finite.
     """
     card, net = load_mil(folder)
-    run = read_run(Path(run_out), names or {})
+    run = read_run(storage.place(run_out), names or {})
     node = mil_node(folder, card)
     bags = _bags(run, card, Path(folder))
     with lease(run.out):

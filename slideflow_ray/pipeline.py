@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +21,13 @@ from slideflow_ray.changes import why_anew
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import DiskFull, as_slideflow_error
 from slideflow_ray.focus import focus
-from slideflow_ray.identity import identity
+from slideflow_ray.identity import identity, source
 from slideflow_ray.layout import about_slide, keep_items, object_grid, pack_grid, tile_grid, tissue_mask
 from slideflow_ray.packs import GONE, Pack, broken_rows, read_image
 from slideflow_ray.planes import NOT_SCORED, objects_node, write_objects, write_plane
 from slideflow_ray.profile import ComputeProfile
 from slideflow_ray.slides import SlideReader, open_slide, read_tiles
+from slideflow_ray.sparse import is_sparse
 from slideflow_ray.specs import BoxSpec, ModelSpec, StoreSpec, TileSpec, TissueSpec, WholeSpec
 from slideflow_ray.store import SlideStore
 
@@ -188,22 +189,29 @@ def plan_slide(context: Context, item: Item) -> SlidePlan:
 
     Raises SlideError (no scale, unreadable, ...), DiskFull.
     """
-    found = identity(item.uri, context.cache, item.sha256)
     store = SlideStore(context.out, item.slide_id)
     models = [model for model in context.models if model.applies_to(item)]
-    with open_slide(item.uri, mpp=item.mpp, modality=item.modality) as reader:
+    wanted = dict.fromkeys([*(model.tile for model in models if isinstance(model.tile, TileSpec)), *context.tiles])
+    sparse = partial(is_sparse, item=item, tissue=context.tissue, tiles=wanted)
+    found = identity(item.uri, context.cache, item.sha256, sparse)
+    with open_item(context, item) as reader:
         about = about_slide(reader, item, found)
         store.describe(about)
         keep_items(store, [item.model_dump(mode="json", exclude_none=True)])
         tissue_node, tissue = tissue_mask(store, context.tissue, context.cache, reader, item, about)
         grids = []
-        wanted = [model.tile for model in models if isinstance(model.tile, TileSpec)]
-        for tile in dict.fromkeys([*wanted, *context.tiles]):
+        for tile in wanted:
             users = tuple(model for model in models if model.tile == tile)
             node = tile_grid(store, context.store, tile, reader, tissue, {**about, "tissue": tissue_node})
             grids.append(_plan_grid(context, store, item, node, tile, users))
     boxed, again = _plan_objects(context, store, item, models, grids, about)
     return _planned(context, store, item, found, [*grids, *boxed], again)
+
+
+def open_item(context: Context, item: Item) -> SlideReader:
+    """Open a slide that has its identity: a remote one from the copy or by blocks, as was decided then."""
+    at_hand = source(item.uri, context.cache)
+    return open_slide(item.uri, mpp=item.mpp, modality=item.modality, source=at_hand)
 
 
 def _plan_objects(
@@ -359,10 +367,10 @@ class OpenSlides:
         self._limit = limit
         self._open: dict[tuple[str, float | None, str], SlideReader] = {}
 
-    def get(self, item: Item) -> SlideReader:
+    def get(self, context: Context, item: Item) -> SlideReader:
         """Return the item's reader, opening it if need be."""
         key = (item.uri, item.mpp, item.modality)
-        reader = self._open.pop(key, None) or open_slide(item.uri, mpp=item.mpp, modality=item.modality)
+        reader = self._open.pop(key, None) or open_item(context, item)
         self._open[key] = reader  # the latest used stands last
         while len(self._open) > self._limit:
             self._open.pop(next(iter(self._open))).close()
@@ -404,7 +412,7 @@ def _read_boxes(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
     here = slice(chunk.index * rows, chunk.index * rows + chunk.tiles)
     xy, wh = (_boxes(context.out, chunk.item.slide_id, chunk.grid, name)[here] for name in ("xy_px0", "wh_px0"))
     try:
-        reader = slides.get(chunk.item)
+        reader = slides.get(context, chunk.item)
         if isinstance(chunk.tile, TileSpec):
             return read_tiles(reader, xy, tile_px=chunk.tile.tile_px, mpp=chunk.tile.mpp)
         return _read_squares(reader, xy, wh[:, 0], chunk.tile.tile_px)

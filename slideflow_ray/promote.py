@@ -108,8 +108,8 @@ def promote(
     Raises ConfigError (other classes, no such split, already in service, another promotion came between),
     SplitLeakError (trained on these slides or patients), BundleError.
     """
-    terms, settings, model = terms or Terms(), settings or Settings(), Path(into).absolute()
-    folder = resolve(Path(candidate).absolute())
+    terms, settings, model = terms or Terms(), settings or Settings(), _on_disk(into)
+    folder = resolve(_on_disk(candidate))
     current = read_current(model)
     new = version_of(folder, model)
     _check_new(folder, model, new, current)
@@ -126,6 +126,15 @@ def promote(
         decision = replace(decision, folder=_install(folder, model, new, current, extra))
     note(model, _line(decision, current, found, terms, cohort))
     return decision
+
+
+def _on_disk(folder: str | Path) -> Path:
+    """Return a folder's absolute path. Raises ConfigError for one in an object store."""
+    try:
+        return storage.local_path(folder).absolute()
+    except ConfigError as error:
+        step = "Promote into a folder on disk, and copy the model's folder to the bucket: runs resolve it there."
+        raise ConfigError(f"{folder}: models are promoted on disk only.", next_step=step) from error
 
 
 def _check_new(folder: Path, model: Path, new: Version, current: Current | None) -> None:
@@ -308,7 +317,7 @@ def undo(into: str | Path) -> Current:
 
     Raises ConfigError where there is none before, BundleError where it has gone or was changed.
     """
-    model = Path(into).absolute()
+    model = _on_disk(into)
     current = read_current(model)
     if current is None or not current.previous:
         raise ConfigError(f"{model} has no version before this one.", next_step="Promote another bundle instead.")

@@ -9,27 +9,22 @@ an object that changes while it is read is an error, as is one of another length
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import getpass
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from slideflow_ray import storage
-from slideflow_ray.errors import DiskFull, ReadError, SlideNotFound, SourceChanged
+from slideflow_ray.cache import cache_folder, room
+from slideflow_ray.errors import DiskFull, ReadError, SlideError, SlideNotFound, SourceChanged
+from slideflow_ray.uris import WEB
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-CACHE = "SLIDEFLOW_RAY_CACHE"
-"""Names the environment variable with the cache's folder; default: one of this user's below the temporary folder."""
-CACHE_GB = "SLIDEFLOW_RAY_CACHE_GB"
-"""Names the environment variable with the cache's bound; default: 100, and never the last tenth of the disk."""
 MAX_PARTS = 200_000
 """The most objects below one uri: a slide in many files, or an OME-Zarr."""
 TRIES = 4
@@ -64,17 +59,29 @@ class Seen:
         lines = "".join(f"{part.e_tag} {part.size} {part.key}\n" for part in self.parts)
         return hashlib.sha256(lines.encode()).hexdigest()
 
+    @property
+    def name(self) -> str:
+        """The name of its entry in the cache."""
+        return hashlib.sha256(f"{self.uri}\n{self.identity}".encode()).hexdigest()[:24]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is one object that requests can name by a strong ETag, so that parts of it belong together."""
+        return self.single and bool(self.parts[0].e_tag) and not self.parts[0].e_tag.startswith("W/")
+
 
 def look(uri: str) -> Seen:
     """Return what a remote uri names now. Raises SlideNotFound, ReadError (no access, or no answer in two minutes)."""
+    from slideflow_ray.bucket import head
+
     store, key = storage.split_uri(uri)
-    with _speaking_of(uri):
+    with speaking_of(uri):
         try:
-            return Seen(uri, (_part(_head(store, key)),), True)
+            return Seen(uri, (_part(head(store, key)),), True)
         except FileNotFoundError:
-            if storage.scheme_of(uri) in storage.WEB:
+            if storage.scheme_of(uri) in WEB:
                 raise SlideNotFound(f"{uri} does not exist.") from None
-        parts = _listed(uri, store, key)
+        parts = _listed(uri, cast("ObjectStore", store), key)
     if not parts:
         raise SlideNotFound(f"{uri} does not exist.")
     return Seen(uri, tuple(sorted(parts, key=lambda part: part.key)), False)
@@ -83,26 +90,18 @@ def look(uri: str) -> Seen:
 def _listed(uri: str, store: ObjectStore, key: str) -> list[Part]:
     """The objects below a key; a listing that breaks off is begun again."""
     import obstore
-    from obstore.exceptions import GenericError
 
-    for attempt in range(1, TRIES + 1):
-        try:
-            parts: list[Part] = []
-            for batch in obstore.list(store, prefix=key.rstrip("/") + "/"):
-                parts += [_part(about) for about in batch]
-                if len(parts) > MAX_PARTS:
-                    raise ReadError(f"{uri} holds more than {MAX_PARTS:,} objects.")
-            return parts
-        except GenericError:
-            if attempt == TRIES:
-                raise
-    raise AssertionError
+    from slideflow_ray.bucket import tried
 
+    def ask() -> list[Part]:
+        parts: list[Part] = []
+        for batch in obstore.list(store, prefix=key.rstrip("/") + "/"):
+            parts += [_part(about) for about in batch]
+            if len(parts) > MAX_PARTS:
+                raise ReadError(f"{uri} holds more than {MAX_PARTS:,} objects.")
+        return parts
 
-def _head(store: ObjectStore, key: str) -> Any:
-    import obstore
-
-    return obstore.head(store, key)
+    return tried(ask)
 
 
 def _part(about: Any) -> Part:
@@ -114,28 +113,34 @@ def at_hand(uri: str | Path) -> Path:
 
     Raises SlideNotFound, ReadError, SourceChanged, DiskFull.
     """
-    if not storage.is_remote(uri):
-        return storage.local_path(uri) if isinstance(uri, str) else uri
-    return fetched(look(str(uri)))
+    return fetched(look(str(uri))) if storage.is_remote(uri) else storage.local_path(uri)
 
 
 def fetched(seen: Seen) -> Path:
     """Return the path of the copy of what was seen, fetching it first if it is not in the cache."""
-    cache = cache_folder()
-    name = hashlib.sha256(f"{seen.uri}\n{seen.identity}".encode()).hexdigest()[:24]
-    entry = cache / name
-    goal = entry / (PurePosixPath(seen.uri.rstrip("/")).name or "object")
-    with _alone(cache / f"{name}.lock"):
-        if goal.exists():
-            os.utime(entry)
+    with storage.alone(cache_folder() / f"{seen.name}.lock"):
+        if goal := copied(seen):
             return goal
-        _make_room(cache, seen)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as scratch:
-            new = Path(scratch) / "new"
+        goal = _goal(seen)
+        with room(seen.uri, seen.size) as scratch:
+            new = scratch / "new"
             for part in seen.parts:
                 _download(seen, part, new / goal.name if seen.single else new / goal.name / _below(seen, part))
-            os.replace(new, entry)
+            shutil.rmtree(goal.parent, ignore_errors=True)  # of one that was half evicted
+            os.replace(new, goal.parent)
     return goal
+
+
+def copied(seen: Seen) -> Path | None:
+    """Return the path of the copy if it is in the cache."""
+    goal = _goal(seen)
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(goal.parent)
+    return goal if goal.exists() else None
+
+
+def _goal(seen: Seen) -> Path:
+    return cache_folder() / seen.name / (PurePosixPath(seen.uri.rstrip("/")).name or "object")
 
 
 def _below(seen: Seen, part: Part) -> str:
@@ -152,7 +157,7 @@ def _download(seen: Seen, part: Part, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, TRIES + 1):
         try:
-            with _speaking_of(seen.uri):
+            with speaking_of(seen.uri):
                 _stream(seen, part, path)
             return
         except SourceChanged:
@@ -163,11 +168,11 @@ def _download(seen: Seen, part: Part, path: Path) -> None:
 
 
 def _stream(seen: Seen, part: Part, path: Path) -> None:
-    import obstore
+    from slideflow_ray.bucket import get
 
     store, _ = storage.split_uri(seen.uri)
-    options: Any = {"if_match": part.e_tag} if part.e_tag else {}
-    got = obstore.get(store, part.key, options=options)
+    got = get(store, part.key, {"if_match": part.e_tag} if part.e_tag else {})
+    check_unchanged(seen, part, got.meta)
     length = 0
     with path.open("wb") as file:
         for piece in got.stream(min_chunk_size=8 * 2**20):
@@ -177,8 +182,14 @@ def _stream(seen: Seen, part: Part, path: Path) -> None:
         raise ReadError(f"{seen.uri}: {part.key} has {part.size:,} bytes and {length:,} came.")
 
 
+def check_unchanged(seen: Seen, part: Part, about: Any) -> None:
+    """Raise SourceChanged where an answer has another ETag: not every server knows conditional requests."""
+    if (about["e_tag"] or "").strip('"') != part.e_tag.strip('"'):
+        raise SourceChanged(f"{seen.uri} changed while it was read.")
+
+
 @contextlib.contextmanager
-def _speaking_of(uri: str) -> Iterator[None]:
+def speaking_of(uri: str) -> Iterator[None]:
     """Name the uri, and not the request with its headers, in what an object store complains of."""
     from obstore.exceptions import BaseError, PreconditionError
 
@@ -186,7 +197,7 @@ def _speaking_of(uri: str) -> Iterator[None]:
         yield
     except PreconditionError as error:
         raise SourceChanged(f"{uri} changed while it was read.") from error
-    except FileNotFoundError:
+    except (FileNotFoundError, SlideError):
         raise
     except OSError as error:
         if error.errno == 28:  # ENOSPC
@@ -194,62 +205,3 @@ def _speaking_of(uri: str) -> Iterator[None]:
         raise ReadError(f"{uri} cannot be fetched: {storage.first_line(error)}.") from error
     except BaseError as error:
         raise ReadError(f"{uri} cannot be fetched: {storage.first_line(error)}.") from error
-
-
-# the cache
-
-
-def cache_folder() -> Path:
-    """Return the folder of this machine's copies, made if need be, readable by this user only."""
-    named = os.environ.get(CACHE)
-    folder = Path(named) if named else Path(tempfile.gettempdir()) / f"slideflow-ray-{getpass.getuser()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
-def _bound(cache: Path) -> float:
-    disk = shutil.disk_usage(cache)
-    return min(float(os.environ.get(CACHE_GB, "100")) * 1e9, _held(cache) + disk.free - disk.total / 10)
-
-
-def _held(cache: Path) -> int:
-    return sum(size for _, size, _ in _entries(cache))
-
-
-def _entries(cache: Path) -> list[tuple[float, int, Path]]:
-    """Return when each copy was last asked for, its bytes and its folder, the oldest first."""
-    found = []
-    for entry in cache.iterdir():
-        if entry.is_dir() and not entry.name.startswith("."):
-            with contextlib.suppress(FileNotFoundError):
-                size = sum(path.stat().st_size for path in entry.rglob("*") if path.is_file())
-                found.append((entry.stat().st_mtime, size, entry))
-    return sorted(found)
-
-
-def _make_room(cache: Path, seen: Seen) -> None:
-    """Delete the copies that were not asked for longest until this one fits. Raises DiskFull.
-
-    A copy that a process has open is read to its end all the same, as files are.
-    """
-    with _alone(cache / "room.lock"):
-        bound = _bound(cache)
-        if seen.size > bound:
-            raise DiskFull(
-                f"{seen.uri} has {seen.size / 1e9:.2f} GB; the cache {cache} may hold {max(bound, 0) / 1e9:.2f} GB.",
-                next_step=f"Set {CACHE} to a folder on a larger disk, or {CACHE_GB} to more.",
-            )
-        held = _held(cache)
-        for _, size, entry in _entries(cache):
-            if held + seen.size <= bound:
-                break
-            shutil.rmtree(entry, ignore_errors=True)
-            held -= size
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time, on this machine."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -10,8 +10,10 @@ to a library that resolves whatever a string asks for.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,17 +23,17 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
 from slideflow_ray.errors import ConfigError, CorruptStore, DiskFull, InfrastructureError
-from slideflow_ray.uris import check_uri
+from slideflow_ray.uris import WEB, check_uri
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
     from zarr.abc.store import Store
 
-SCHEMES = ("file", "s3", "gs")
-"""What uris may begin with; ``https`` (and ``http``) are added by the environment variable ALLOW."""
+    from slideflow_ray.website import Website
+
+COLLAPSED = re.compile(r"(?:^|/)(?:s3|gs|https?):/.*")
 ALLOW = "SLIDEFLOW_RAY_ALLOW"
-"""Names the environment variable with further schemes, with a comma between them: ``https``."""
-WEB = ("https", "http")
+"""Names the environment variable with the schemes of `uris.WEB` that are opened too, with a comma between them."""
 
 
 def scheme_of(uri: str) -> str:
@@ -41,20 +43,23 @@ def scheme_of(uri: str) -> str:
     ('s3', '')
     """
     if "://" not in uri:
+        if lost := COLLAPSED.search(uri):  # pathlib makes one slash of two: never a folder named "s3:"
+            raise ConfigError(f"{lost[0]}... is taken for a local path here.", next_step="Name a local path.")
         return ""
-    scheme = uri.split("://", 1)[0]
-    extra = tuple(name.strip() for name in os.environ.get(ALLOW, "").split(",") if name.strip() in WEB)
-    if scheme not in (*SCHEMES, *extra):
-        asked = f" (set {ALLOW}={scheme} to allow it)" if scheme in WEB else ""
-        raise ConfigError(
-            f"{uri} has the scheme {scheme!r}{asked}; allowed are local paths and "
-            f"{', '.join(f'{name}://' for name in (*SCHEMES, *extra))}."
-        )
     try:
         check_uri(uri)
     except ValueError as error:
         raise ConfigError(f"{uri.split('@')[-1]} {error}.") from error
+    scheme = uri.split("://", 1)[0]
+    if scheme in WEB and scheme not in allowed_web():
+        step = f"Set {ALLOW}={scheme} in the environment of every process to allow it."
+        raise ConfigError(f"{uri} lies on the web, which is not opened.", next_step=step)
     return scheme
+
+
+def allowed_web() -> tuple[str, ...]:
+    """Return the schemes of the web that this process opens."""
+    return tuple(name for text in os.environ.get(ALLOW, "").split(",") if (name := text.strip()) in WEB)
 
 
 def is_remote(place: str | Path) -> bool:
@@ -70,15 +75,10 @@ def local_path(uri: str | Path) -> Path:
     >>> local_path("file:///data/a%20slide.svs").as_posix()
     '/data/a slide.svs'
     """
-    if isinstance(uri, Path):
-        return uri
-    uri = str(uri)
-    scheme = scheme_of(uri)
-    if not scheme:
-        return Path(uri)
-    if scheme != "file":
+    scheme = scheme_of(str(uri))
+    if scheme not in ("", "file"):
         raise ConfigError(f"{uri} is no local file.")
-    return Path(unquote(urlsplit(uri).path))
+    return Path(unquote(urlsplit(str(uri)).path)) if scheme else Path(uri)
 
 
 def place(uri: str | Path) -> Path:
@@ -86,9 +86,9 @@ def place(uri: str | Path) -> Path:
 
     Raises ConfigError for a scheme that is not allowed, and for results on the web.
     """
-    if not isinstance(uri, str) or not is_remote(uri):
-        return local_path(uri) if isinstance(uri, str) else uri
-    scheme = scheme_of(uri)
+    scheme = scheme_of(str(uri))
+    if scheme in ("", "file"):
+        return local_path(uri)
     if scheme in WEB:
         raise ConfigError(f"{uri}: nothing can be written to the web.", next_step="Name a folder, s3:// or gs://.")
     from upath import UPath
@@ -96,15 +96,18 @@ def place(uri: str | Path) -> Path:
     from slideflow_ray import bucket
 
     bucket.register(scheme)
-    return cast(Path, UPath(uri.rstrip("/")))
+    return cast(Path, UPath(str(uri).rstrip("/")))
 
 
-def split_uri(uri: str) -> tuple[ObjectStore, str]:
-    """Return the object store of a remote uri, and the key in it."""
+def split_uri(uri: str) -> tuple[ObjectStore | Website, str]:
+    """Return the object store (or web server) of a remote uri, and the key in it."""
     from slideflow_ray.bucket import opened
+    from slideflow_ray.website import Website
 
     parts = urlsplit(uri)
-    return opened(f"{parts.scheme}://{parts.netloc}"), uri.split("://", 1)[1].partition("/")[2]
+    root = f"{parts.scheme}://{parts.netloc}"
+    store = Website(root, allowed_web()) if parts.scheme in WEB else opened(root)
+    return store, uri.split("://", 1)[1].partition("/")[2]
 
 
 def zarr_store(root: Path) -> Path | Store:
@@ -154,14 +157,65 @@ def create(path: Path, data: bytes) -> bool:
         return True
 
 
-def swap(path: Path, old: str, data: bytes) -> bool:
-    """Replace an object whose ETag is `old`; return False where it has another by now (compare and swap)."""
-    from obstore.exceptions import PreconditionError
+def swap(path: Path, old: bytes | None, data: bytes) -> bool:
+    """Replace what holds `old` (None: nothing) by `data`, in one step; return False where it holds something else.
+
+    Compare and swap. On disk under a lock that others of this function take, as far as the file system has locks; an
+    object store compares the ETag. The file is young again even where `data` is `old`.
+    """
+    if is_remote(path):
+        return create(path, data) if old is None else _swapped(path, old, data)
+    with alone(_lock_of(path)):
+        if read_bytes(path) != old:
+            return False
+        write_atomic(path, data)
+        return True
+
+
+def discard(path: Path, old: bytes) -> None:
+    """Delete a file that holds `old`. An object store cannot compare and delete in one step: there it is two."""
+    with contextlib.nullcontext() if is_remote(path) else alone(_lock_of(path)):
+        if read_bytes(path) == old:
+            path.unlink(missing_ok=True)
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """Return what a file holds, None where there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One process at a time, of all that come by this local file."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _lock_of(path: Path) -> Path:
+    return path.parent / ".cache" / f"{path.stem}.lock"
+
+
+def _swapped(path: Path, old: bytes, data: bytes) -> bool:
+    from obstore.exceptions import BaseError, PreconditionError
+
+    from slideflow_ray.bucket import versioned
 
     try:
-        _put(path, data, {"e_tag": old})
-    except (PreconditionError, FileNotFoundError):
+        there, e_tag = versioned(*split_uri(str(path)))
+        if there != old:
+            return False
+        _put(path, data, {"e_tag": e_tag})
+    except FileNotFoundError:
         return False
+    except PreconditionError:
+        return read_bytes(path) == data  # ours after all, where an answer got lost and the put was repeated
+    except BaseError as error:
+        raise InfrastructureError(f"{path} cannot be read: {first_line(error)}.") from error
     return True
 
 
@@ -171,7 +225,7 @@ def _put(path: Path, data: bytes, mode: Any = "overwrite") -> None:
 
     store, key = split_uri(str(path))
     try:
-        obstore.put(store, key, data, mode=mode)
+        obstore.put(cast("ObjectStore", store), key, data, mode=mode)
     except (AlreadyExistsError, PreconditionError, FileNotFoundError):
         raise
     except BaseError as error:
@@ -201,6 +255,31 @@ def _temporary(path: Path, data: bytes) -> Iterator[str]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def copy_tree(folder: Path, goal: Path) -> None:
+    """Copy the files below a folder of zarr to another place, replacing what is there.
+
+    On disk the whole folder appears at once. An object store renames nothing: there the folder's own zarr.json goes
+    first and comes last, so that what is half there is no group.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    names = sorted(files, key=lambda name: (name == "zarr.json", name))
+    if is_remote(goal):
+        (goal / "zarr.json").unlink(missing_ok=True)
+        for old in [path for path in goal.rglob("*") if path.is_file()]:
+            old.unlink(missing_ok=True)
+        for name in names:
+            write_atomic(goal / name, files[name].read_bytes())
+        return
+    with tempfile.TemporaryDirectory(prefix=".copy.", dir=goal.parent) as scratch:
+        new = Path(scratch) / "new"
+        for name in names:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_bytes(files[name].read_bytes())
+        if goal.exists():
+            os.rename(goal, Path(scratch) / "old")
+        os.rename(new, goal)
 
 
 def to_json(value: object) -> bytes:

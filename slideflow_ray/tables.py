@@ -33,7 +33,8 @@ def write_table(path: Path, columns: Columns, data: Mapping[str, Sequence[Any]] 
 def read_table(path: Path) -> list[dict[str, Any]]:
     """Return a table's rows. Raises FileNotFoundError, CorruptStore when a page's checksum is wrong."""
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path, page_checksum_verification=True).to_pylist()
+        source = pa.BufferReader(path.read_bytes()) if storage.is_remote(path) else path
+        rows: list[dict[str, Any]] = pq.read_table(source, page_checksum_verification=True).to_pylist()
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:

@@ -6,8 +6,11 @@ import ipaddress
 import socket
 from urllib.parse import unquote, urlsplit
 
-SCHEMES = ("file", "s3", "gs", "https", "http")
-"""Those that a cohort may name; which of them are opened is `storage`'s matter."""
+SCHEMES = ("file", "s3", "gs")
+"""What uris may begin with."""
+
+WEB = ("https", "http")
+"""What a cohort may name besides; opened only where the environment variable `storage.ALLOW` says so."""
 
 MAX_URI = 4096
 
@@ -32,8 +35,8 @@ def check_uri(uri: str) -> str:
     if "::" in uri.split("://", 1)[0] or uri.count("://") > 1:
         raise ValueError("chains protocols, which is not allowed")
     parts = urlsplit(uri)
-    if parts.scheme not in SCHEMES:
-        raise ValueError(f"has the scheme {parts.scheme!r}; allowed are paths and {', '.join(SCHEMES)}")
+    if parts.scheme not in (*SCHEMES, *WEB):
+        raise ValueError(f"has the scheme {parts.scheme!r}; allowed are paths and {', '.join((*SCHEMES, *WEB))}")
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
             raise ValueError("names another machine; write file:///path")
@@ -49,11 +52,11 @@ def _check_address(host: str | None, user: str | None, password: str | None) -> 
         raise ValueError("holds credentials; they come from the environment, never from a cohort")
     if not host:
         raise ValueError("names no host or bucket")
-    if host.rstrip(".") in METADATA or _is_forbidden(host):
+    if host.rstrip(".") in METADATA or is_forbidden(host):
         raise ValueError("names a link-local or metadata address, which is not allowed")
 
 
-def _is_forbidden(host: str) -> bool:
+def is_forbidden(host: str) -> bool:
     """Whether a host is an address, in any spelling that the resolver takes (decimal, hex, octal), that is refused."""
     try:
         address = ipaddress.ip_address(socket.inet_ntoa(socket.inet_aton(host)))

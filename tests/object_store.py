@@ -19,11 +19,16 @@ class Faults:
 
     def __init__(self, app: Callable[..., Any]) -> None:
         self.app = app
-        self.every = 0
         self.kinds = ("503", "short", "reset", "429")
-        self.counts: dict[str, int] = {}
         self._turn = itertools.count()
+        self.calm()
+
+    def calm(self) -> None:
+        """Let nothing go wrong, and forget what did."""
+        self.every = 0
+        self.counts: dict[str, int] = {}
         self.before: Callable[[dict[str, Any]], str | None] = lambda environ: None  # a status to answer with, or None
+        self.sent: Callable[[dict[str, Any], int], None] = lambda environ, size: None  # told of each body that is whole
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Any:
         if status := self.before(environ):
@@ -31,7 +36,10 @@ class Faults:
             return [b""]
         turn = next(self._turn)
         if not self.every or turn % self.every:
-            return self.app(environ, start)
+            whole = list(self.app(environ, start))
+            if environ["REQUEST_METHOD"] == "GET":
+                self.sent(environ, sum(len(piece) for piece in whole))
+            return whole
         kind = self.kinds[turn // self.every % len(self.kinds)]
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         if kind == "short" and environ["REQUEST_METHOD"] != "GET":

@@ -15,13 +15,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     ["errors", "events", "geometry", "specs", "texts", "uris"],
+    ["website"],
     ["bucket"],
     ["storage"],
+    ["cache"],
     ["remote"],
+    ["blocks"],
     ["identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["changes"],
-    ["packs", "planes", "layout", "pipeline"],
+    ["packs", "planes", "layout", "sparse", "pipeline"],
     ["execute", "aggregate"],
     [
         "accounting",

@@ -297,7 +297,7 @@ def test_openslide_recovers_after_a_bad_tile(data, tmp_path):
 
 @pytest.mark.parametrize("uri", ["ftp://host/x.svs", "https://host/x.svs", "simplecache::s3://bucket/x.svs"])
 def test_other_schemes_are_refused(uri):
-    with pytest.raises(ConfigError, match="file://"):
+    with pytest.raises(ConfigError, match=r"not opened|allowed"):
         open_slide(uri)
 
 

@@ -6,11 +6,9 @@ changes. Whatever takes a bundle's folder takes a model's folder too: `resolve` 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +18,6 @@ from pydantic import ConfigDict, Field
 from slideflow_ray import storage
 from slideflow_ray.errors import BundleError, ConfigError, CorruptStore
 from slideflow_ray.models.bundle import CARD, forward_digest, read_card
-from slideflow_ray.remote import look
 from slideflow_ray.specs import Spec, digest
 
 CURRENT = "current.json"
@@ -161,54 +158,28 @@ def replace_current(model: str | Path, new: Current, expected: Current | None) -
 
     Raises ConfigError where somebody else has replaced it meanwhile: one of two promotions at a time is refused.
     """
-    folder = storage.place(str(model))
-    if storage.is_remote(folder):
-        written = _swapped(folder / CURRENT, new, expected)
-    else:
-        with _alone(folder):
-            written = read_current(folder) == expected
-            if written:
-                storage.write_atomic(folder / CURRENT, new.to_json())
-    if not written:
+    path = storage.place(model) / CURRENT
+    before = storage.read_bytes(path)
+    if read_current(path.parent) != expected or not storage.swap(path, before, new.to_json()):
         raise ConfigError(
             f"{model} was given another version in the meantime.",
             next_step="Promote again: the candidate is compared with what is in service now.",
         )
 
 
-def _swapped(path: Path, new: Current, expected: Current | None) -> bool:
-    """Compare and swap by a conditional put; return whether it was done."""
-    if expected is None:
-        return storage.create(path, new.to_json())
-    e_tag = look(str(path)).parts[0].e_tag  # before the content: what changes after this look fails the put
-    return read_current(path.parent) == expected and storage.swap(path, e_tag, new.to_json())
-
-
-@contextlib.contextmanager
-def _alone(model: Path) -> Iterator[None]:
-    """Compare and swap as one step, against other processes of any machine whose file system has locks."""
-    model.mkdir(parents=True, exist_ok=True)
-    with (model / ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def note(model: str | Path, line: Mapping[str, Any]) -> None:
     """Add a line to history.jsonl; what stood there stays, even where two write at a time."""
-    model = Path(model)
-    with _alone(model):
-        path = model / HISTORY
-        before = path.read_bytes() if path.exists() else b""
-        text = json.dumps(line, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        storage.write_atomic(path, before + text.encode() + b"\n")
+    path = storage.place(model) / HISTORY
+    text = json.dumps(line, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    before = storage.read_bytes(path)
+    while not storage.swap(path, before, (before or b"") + text):
+        before = storage.read_bytes(path)
 
 
 def history(model: str | Path) -> list[dict[str, Any]]:
     """Return what happened to a model, the oldest first. Raises CorruptStore for a line that is no JSON."""
-    path = Path(model) / HISTORY
-    if not path.exists():
-        return []
+    path = storage.place(model) / HISTORY
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in (storage.read_bytes(path) or b"").decode().splitlines()]
     except ValueError as error:
         raise CorruptStore(f"{path} has a line that is no JSON: {error}.", next_step="Correct that line.") from error

@@ -18,37 +18,55 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
+from slideflow_ray.blocks import Blocks
 from slideflow_ray.errors import NotASlide, SlideError
 from slideflow_ray.remote import at_hand
-from slideflow_ray.slides.base import SlideReader, check_file
+from slideflow_ray.slides.base import SlideReader, check_bytes, check_file
 from slideflow_ray.slides.tiles import read_tiles
 
 __all__ = ["SlideReader", "is_dicom", "is_zarr", "open_slide", "read_tiles"]
 
-Opener = Callable[[str, Path, float | None, str | None], SlideReader]
+Opener = Callable[[str, Any, float | None, str | None], SlideReader]
 
 ZARR_METADATA = ("zarr.json", ".zgroup", ".zattrs")
 
 
-def open_slide(uri: str, *, mpp: float | None = None, modality: str | None = None) -> SlideReader:
+def open_slide(
+    uri: str, *, mpp: float | None = None, modality: str | None = None, source: Path | Blocks | None = None
+) -> SlideReader:
     """Open a slide from a path or a uri (file://, s3://, gs://; of a remote one the copy in the cache).
 
     `mpp`, um per pixel of level 0, overrides what the file says; `modality` says which
-    scales are credible. Raises ConfigError (another scheme), SlideNotFound, NotASlide,
+    scales are credible; `source` is where its bytes are at hand, if that is known: a
+    path, or blocks (for TIFF alone). Raises ConfigError (another scheme), SlideNotFound, NotASlide,
     TruncatedSlide, BadDimensions, NoMpp and BadMpp.
     """
-    path = at_hand(uri)
+    source = at_hand(uri) if source is None else source
     causes, cause = [], None
-    for name, opener in _openers(path):
+    for name, opener in _of_blocks(source) if isinstance(source, Blocks) else _openers(source):
         try:
-            return opener(uri, path, mpp, modality)
+            return opener(uri, source, mpp, modality)
         except (SlideError, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever one library stumbles over, the next may read
             causes.append(f"{name}: {error}".rstrip(". "))
             cause = error
     raise NotASlide(f"{uri} is not a slide that can be read ({'; '.join(causes)}).") from cause
+
+
+def _of_blocks(file: Blocks) -> list[tuple[str, Opener]]:
+    """The same of an object that is read block by block."""
+    from slideflow_ray.slides.image import is_deep
+
+    plain = cast(BinaryIO, file)
+    file.seek(0)
+    kind = check_bytes(file.seen.uri, plain, file.size)
+    file.seek(0)  # tifffile takes what stands here for the file's beginning
+    found: list[tuple[str, Opener]] = [("tiffslide", _tiff)] if kind == "tiff" and not is_deep(plain) else []
+    file.seek(0)
+    return found
 
 
 def _openers(path: Path) -> list[tuple[str, Opener]]:
@@ -88,10 +106,10 @@ def _of_dicom(folder: Path) -> bool:
     return bool(seen) and all(path.is_file() and is_dicom(path) for path in seen)
 
 
-def _tiff(uri: str, path: Path, mpp: float | None, modality: str | None) -> SlideReader:
+def _tiff(uri: str, source: Path | Blocks, mpp: float | None, modality: str | None) -> SlideReader:
     from slideflow_ray.slides.tiff import TiffReader
 
-    return TiffReader(uri, path, mpp, modality)
+    return TiffReader(uri, source, mpp, modality)
 
 
 def _openslide(uri: str, path: Path, mpp: float | None, modality: str | None) -> SlideReader:

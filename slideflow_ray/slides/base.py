@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NoReturn, Protocol, Self
+from typing import BinaryIO, Literal, NoReturn, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -137,19 +137,25 @@ def check_file(path: Path) -> Kind:
     if not path.is_file():
         raise NotASlide(f"{path} is neither a file nor a folder.")
     try:
-        with path.open("rb") as file:
-            head, size = file.read(64), path.stat().st_size
+        file = path.open("rb")
     except OSError as error:
         raise ReadError(f"{path} cannot be opened: {error}.") from error
+    with file:
+        return check_bytes(str(path), file, path.stat().st_size)
+
+
+def check_bytes(name: str, file: BinaryIO, size: int) -> Kind:
+    """Return what the first bytes of an open file of `size` bytes say it is. Raises as `check_file` does."""
+    head = file.read(64)
     if size == 0:
-        raise NotASlide(f"{path} is empty.")
+        raise NotASlide(f"{name} is empty.")
     if head.startswith(b"version https://git-lfs"):
         raise NotASlide(
-            f"{path} is a git-LFS pointer, not the slide itself.", next_step="Run `git lfs pull` and run again."
+            f"{name} is a git-LFS pointer, not the slide itself.", next_step="Run `git lfs pull` and run again."
         )
     kind: Kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), "other")
     if kind == "tiff":
-        check_directories(path, size)
+        check_directories(name, file, size)
     return kind
 
 

@@ -10,7 +10,6 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from slideflow_ray.errors import BadDimensions, NotASlide, TruncatedSlide
@@ -65,58 +64,58 @@ class _Tag:
         return self.count * SIZES.get(self.kind, 1)
 
 
-def check_directories(path: Path, size: int) -> None:
-    """Check each directory of a TIFF of `size` bytes, and those below it.
+def check_directories(name: str, file: BinaryIO, size: int) -> None:
+    """Check each directory of an open TIFF of `size` bytes, and those below it; `name` is for errors.
 
     Raises TruncatedSlide (a directory, or a table of one, lies beyond the end) and BadDimensions (a loop, more
     directories, tags, tiles or text than a slide has, sides of 0, tiles above MAX_TILE_BYTES).
     """
-    with path.open("rb") as file:
-        head = file.read(16)
-        if len(head) < 16:
-            raise TruncatedSlide(f"{path} has {size:,} bytes, but a TIFF begins with more.")
-        order, big = ("<" if head[:2] == b"II" else ">"), b"+" in head[2:4]
-        form = _Form(order, f"{order}Q", f"{order}Q", 20) if big else _Form(order, f"{order}H", f"{order}I", 12)
-        (first,) = struct.unpack_from(form.offset, head, 8 if big else 4)
-        seen: set[int] = set()
-        below = [first]
-        while below:
-            for offset, tags in _chain(path, file, size, form, below.pop(), seen):
-                _check_tags(path, file, size, form, offset, tags)
-                _check_description(path, file, tags)
-                children = _below(file, form, tags)
-                if len(children) > MAX_DIRECTORIES or seen & set(children):
-                    raise BadDimensions(f"{path}: the directory at byte {offset:,} stands below itself.")
-                below += children
+    file.seek(0)
+    head = file.read(16)
+    if len(head) < 16:
+        raise TruncatedSlide(f"{name} has {size:,} bytes, but a TIFF begins with more.")
+    order, big = ("<" if head[:2] == b"II" else ">"), b"+" in head[2:4]
+    form = _Form(order, f"{order}Q", f"{order}Q", 20) if big else _Form(order, f"{order}H", f"{order}I", 12)
+    (first,) = struct.unpack_from(form.offset, head, 8 if big else 4)
+    seen: set[int] = set()
+    below = [first]
+    while below:
+        for offset, tags in _chain(name, file, size, form, below.pop(), seen):
+            _check_tags(name, file, size, form, offset, tags)
+            _check_description(name, file, tags)
+            children = _below(file, form, tags)
+            if len(children) > MAX_DIRECTORIES or seen & set(children):
+                raise BadDimensions(f"{name}: the directory at byte {offset:,} stands below itself.")
+            below += children
 
 
 def _chain(
-    path: Path, file: BinaryIO, size: int, form: _Form, offset: int, seen: set[int]
+    name: str, file: BinaryIO, size: int, form: _Form, offset: int, seen: set[int]
 ) -> Iterator[tuple[int, Mapping[int, _Tag]]]:
     """Yield (offset, tags) of a directory and those that follow it."""
     mine: set[int] = set()
     while offset and (offset not in seen or offset in mine):  # children may stand in a chain and in a list
         if offset in mine or len(seen) >= MAX_DIRECTORIES:
             what = "a directory of it follows itself" if offset in mine else "it has more directories than any slide"
-            raise BadDimensions(f"{path}: {what}.")
+            raise BadDimensions(f"{name}: {what}.")
         seen.add(offset)
         mine.add(offset)
-        tags, end = _directory(path, file, size, form, offset)
+        tags, end = _directory(name, file, size, form, offset)
         yield offset, tags
         file.seek(end - form.field)
         (offset,) = struct.unpack(form.offset, file.read(form.field))
 
 
-def _directory(path: Path, file: BinaryIO, size: int, form: _Form, offset: int) -> tuple[dict[int, _Tag], int]:
+def _directory(name: str, file: BinaryIO, size: int, form: _Form, offset: int) -> tuple[dict[int, _Tag], int]:
     end = offset + struct.calcsize(form.count)
     if end <= size:
         file.seek(offset)
         (entries,) = struct.unpack(form.count, file.read(struct.calcsize(form.count)))
         end += entries * form.entry + form.field
     if end > size:
-        raise TruncatedSlide(f"{path} has {size:,} bytes, but a directory of it stands at byte {offset:,}.")
+        raise TruncatedSlide(f"{name} has {size:,} bytes, but a directory of it stands at byte {offset:,}.")
     if entries > MAX_TAGS:
-        raise BadDimensions(f"{path}: a directory of it has {entries:,} tags.")
+        raise BadDimensions(f"{name}: a directory of it has {entries:,} tags.")
     data = file.read(entries * form.entry)
     tags: dict[int, _Tag] = {}
     for index in range(entries):
@@ -131,8 +130,8 @@ def _directory(path: Path, file: BinaryIO, size: int, form: _Form, offset: int) 
     return tags, end
 
 
-def _check_tags(path: Path, file: BinaryIO, size: int, form: _Form, offset: int, tags: Mapping[int, _Tag]) -> None:
-    where = f"{path}: the directory at byte {offset:,}"
+def _check_tags(name: str, file: BinaryIO, size: int, form: _Form, offset: int, tags: Mapping[int, _Tag]) -> None:
+    where = f"{name}: the directory at byte {offset:,}"
     for number, tag in tags.items():
         known = number in TABLES or number in TEXTS or number in (WIDTH, LENGTH)
         if tag.bytes > size or (known and tag.at + tag.bytes > size):
@@ -169,7 +168,7 @@ def _check_tiles(where: str, file: BinaryIO, form: _Form, tags: Mapping[int, _Ta
             )
 
 
-def _check_description(path: Path, file: BinaryIO, tags: Mapping[int, _Tag]) -> None:
+def _check_description(name: str, file: BinaryIO, tags: Mapping[int, _Tag]) -> None:
     """Look into the description before tifffile and tiffslide give it to an XML parser.
 
     Raises NotASlide: entities, millions of planes (an array of them is made), pieces in a file elsewhere.
@@ -179,13 +178,13 @@ def _check_description(path: Path, file: BinaryIO, tags: Mapping[int, _Tag]) -> 
     file.seek(tag.at)
     text = file.read(tag.bytes)
     if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
-        raise NotASlide(f"{path}: its description declares XML entities, which no scanner does.")
+        raise NotASlide(f"{name}: its description declares XML entities, which no scanner does.")
     if b"<OME" in text or b":OME" in text:
         planes = math.prod(int(n) for _, n in re.findall(rb'\bSize([ZCT])\s*=\s*["\'](\d{1,18})["\']', text)[:3])
         if planes > MAX_PLANES:
-            raise NotASlide(f"{path}: its description claims {planes:,} planes.")
+            raise NotASlide(f"{name}: its description claims {planes:,} planes.")
         if re.search(rb'\bFileName\s*=\s*["\'][^"\']*[/\\\\]', text):
-            raise NotASlide(f"{path}: its description names a file in another folder.")
+            raise NotASlide(f"{name}: its description names a file in another folder.")
 
 
 def _integer(file: BinaryIO, form: _Form, tag: _Tag) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -129,7 +129,7 @@ def _percentiles(pixels: Raw) -> tuple[int, int]:
 # headers
 
 
-def is_deep(path: Path) -> bool:
+def is_deep(path: Path | BinaryIO) -> bool:
     """Return whether a TIFF has 16 bits a channel: the libraries for slides cut off the lower eight without a word."""
     import tifffile
 

@@ -7,6 +7,7 @@ give the same pixels at 0.9 of the codec's own speed (`benchmarks/`).
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from tiffslide import TiffSlide
 
+from slideflow_ray.blocks import Blocks
 from slideflow_ray.errors import BadDimensions, ReadError, SlideflowError, TruncatedSlide
 from slideflow_ray.geometry import Level
 from slideflow_ray.slides.base import (
@@ -55,32 +57,31 @@ class TiffReader(Opened):
 
     name = "tiffslide"
 
-    def __init__(self, uri: str, path: Path, mpp: float | None, modality: str | None = None) -> None:
+    def __init__(self, uri: str, source: Path | Blocks, mpp: float | None, modality: str | None = None) -> None:
         self.uri = uri
-        self._slide = TiffSlide(str(path))
-        self._file = -1
+        self._slide = TiffSlide(source if isinstance(source, Blocks) else str(source))
+        self._file: LocalFile | Blocks | None = None
         try:
-            self._open(path, mpp, modality)
+            self._open(source if isinstance(source, Blocks) else LocalFile(source), mpp, modality)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, path: Path, mpp: float | None, modality: str | None) -> None:
+    def _open(self, file: LocalFile | Blocks, mpp: float | None, modality: str | None) -> None:
+        self._file = file
         tiff = self._slide.ts_tifffile
         if any(getattr(tiff, name) for name in ELSEWHERE):
             raise Unsupported("its format is only partly known to tiffslide")
         found = self._slide.properties
-        file_bytes = path.stat().st_size
         self.size_px0: tuple[int, int] = self._slide.dimensions
-        check_size(self.uri, self.size_px0, file_bytes)
+        check_size(self.uri, self.size_px0, file.size)
         ends = _ome_mpp(tiff.ome_metadata or "") or (found.get("tiffslide.mpp-x"), found.get("tiffslide.mpp-y"))
         power = found.get("tiffslide.objective-power")
         self.mpp0, self.mpp_source = checked_mpp(self.uri, mpp, ends, objective=power, modality=modality)
         series = tiff.series[found["tiffslide.series-index"]]
         kept = pyramid(self._slide.level_dimensions)
         self.levels: tuple[Level, ...] = tuple(kept.values())
-        self._pages = tuple(_Page(self.uri, series.levels[index], file_bytes) for index in kept)
-        self._file = os.open(path, os.O_RDONLY)
+        self._pages = tuple(_Page(self.uri, series.levels[index], file.size) for index in kept)
 
     def read(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> Pixels:
         """Return a box of a level; see SlideReader.read."""
@@ -92,6 +93,10 @@ class TiffReader(Opened):
         if box[2] <= box[0] or box[3] <= box[1]:
             return out
         try:
+            if self._file is None:
+                raise ValueError("the slide is closed")
+            if isinstance(self._file, Blocks):
+                self._file.want(self._pages[level].pieces(box))
             self._pages[level].read_into(out, xy, box, self._file)
         except (SlideflowError, MemoryError):
             raise
@@ -103,9 +108,26 @@ class TiffReader(Opened):
     def close(self) -> None:
         """Close the file; reading afterwards raises ReadError."""
         self._slide.close()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def pieces(self, level: int, xy: tuple[int, int], size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (offset, bytes) of the native tiles that a box of a level needs."""
+        box = inside(self.levels[level].size, xy, size)
+        return self._pages[level].pieces(box) if box[2] > box[0] and box[3] > box[1] else []
+
+
+class LocalFile(io.FileIO):
+    """A local file that is also read at an offset, as `Blocks` are."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.size = os.fstat(self.fileno()).st_size
+
+    def pread(self, count: int, offset: int) -> bytes:
+        """Return `count` bytes from `offset` on, fewer at the end of the file."""
+        return os.pread(self.fileno(), count, offset)
 
 
 class _Page:
@@ -134,7 +156,14 @@ class _Page:
         if beyond.any() or int((offsets + counts).max(initial=0)) > file_bytes:
             raise TruncatedSlide(f"{uri} has {file_bytes:,} bytes, but its tiles reach beyond them.")
 
-    def read_into(self, out: Pixels, xy: tuple[int, int], box: Box, file: int) -> None:
+    def pieces(self, box: Box) -> list[tuple[int, int]]:
+        """Return (offset, bytes) of the native tiles in a box (level pixels, inside the level)."""
+        tw, th = self._tile
+        rows, cols = range(box[1] // th, (box[3] - 1) // th + 1), range(box[0] // tw, (box[2] - 1) // tw + 1)
+        indices = [row * self._across + col for row in rows for col in cols]
+        return [(int(self._offsets[i]), int(self._counts[i])) for i in indices]
+
+    def read_into(self, out: Pixels, xy: tuple[int, int], box: Box, file: LocalFile | Blocks) -> None:
         """Copy the pixels of `box` (level pixels, inside the level) to `out`, whose corner stands at `xy`."""
         tw, th = self._tile
         for row in range(box[1] // th, (box[3] - 1) // th + 1):
@@ -148,11 +177,11 @@ class _Page:
                 else:
                     target[:] = tile[y0 - row * th : y1 - row * th, x0 - col * tw : x1 - col * tw]
 
-    def _native(self, index: int, file: int) -> Pixels | None:
+    def _native(self, index: int, file: LocalFile | Blocks) -> Pixels | None:
         offset, count = self._offsets[index], self._counts[index]
         if not offset or not count:
             return None
-        data = os.pread(file, count, offset)
+        data = file.pread(count, offset)
         if len(data) != count:
             raise EOFError(f"native tile {index} has {len(data)} of {count} bytes")
         check_piece(data, self._compression, self._tile)
