@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -15,18 +16,19 @@ import numpy as np
 import pytest
 import tifffile
 
-from slideflow_ray import cli
+from slideflow_ray import bucket, cli, storage
 from slideflow_ray.accounting import read_run
 from slideflow_ray.errors import ConfigError, LeaseError
 from slideflow_ray.events import ChunkScored
 from slideflow_ray.lease import lease
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
-from slideflow_ray.nightly.drift import compare, stability
+from slideflow_ray.nightly.drift import compare, outlying, stability
 from slideflow_ray.nightly.night import Night, run_night
 from slideflow_ray.nightly.sources import list_sources
-from slideflow_ray.nightly.spec import DriftSpec, load_nightly
+from slideflow_ray.nightly.spec import DriftSpec, load_nightly, parse_nightly
 from slideflow_ray.phantoms import halved, write_pyramid, write_slide
 from slideflow_ray.repair import verify
+from tests.object_store import BUCKET, object_store
 
 MONDAY, TUESDAY, FRIDAY = date(2026, 11, 16), date(2026, 11, 17), date(2026, 11, 20)
 
@@ -87,6 +89,7 @@ def test_nights_of_a_clinic(clinic, capsys):
     assert first.source == {"new": 4, "changed": 0, "renamed": 0, "unchanged": 0, "duplicate": 0, "waiting": 0}
     assert first.accounted == {"done": 4, "failed": 0, "refused": 0, "duplicate": 0, "waiting": 0, "turn": 0}
     assert (first.others, first.missed, first.drifted) == (1, (), ())
+    assert first.outlying == {}
     assert len(first.tonight) >= 5
     assert all(m.n == 4 and m.m == 16 for m in first.tonight)
     record = read_run(clinic / "nightly" / "results")
@@ -141,6 +144,8 @@ def test_nights_of_a_clinic(clinic, capsys):
     assert len(fourth["new"]) == 5
     assert {text.split(" of ")[0] for text in fourth["drift"]} >= {"stain, red", "stain, green", "stain, blue"}
     assert not any("tissue" in text for text in fourth["drift"])
+    assert set(fourth["outlying"]) <= set(fourth["new"])
+    assert fourth["outlying"]
     folder = clinic / "nightly" / "nights" / fourth["name"]
     assert json.loads((folder / "alert.json").read_text())["drift"] == fourth["drift"]
     assert len((clinic / "alerts.jsonl").read_text().splitlines()) == 1
@@ -224,6 +229,40 @@ def test_a_folder_that_is_not_there_is_no_empty_folder(clinic, tmp_path):
         list_sources(load_nightly(tmp_path / "nightly.toml"), {})
 
 
+@pytest.fixture
+def scans(monkeypatch, tmp_path) -> Iterator[str]:
+    """A bucket's prefix, on a server of our own."""
+    monkeypatch.setenv("SLIDEFLOW_RAY_CACHE", str(tmp_path / "cache"))
+    with object_store() as (url, _):
+        for name, value in {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+        bucket.opened.cache_clear()
+        yield f"s3://{BUCKET}/scans"
+        bucket.opened.cache_clear()
+
+
+def test_a_prefix_of_a_bucket_is_watched_like_a_folder(scans, marked, bundles, tmp_path):
+    def put(name: str, path: Path) -> None:
+        storage.write_atomic(storage.place(f"{scans}/{name}"), path.read_bytes())
+
+    values = {"out": str(tmp_path / "nightly"), "watch": [scans], "modality": "tem", "executor": {"workers": 1}}
+    spec = parse_nightly({**values, "model": [{"path": str(bundles["aligned"])}]}, "test")
+    assert list_sources(spec, {}).slides == {}
+    put("2026/a.tif", marked / "a.tif")
+    put("notes.txt", marked / "cohort.csv")
+    first = run_night(spec, MONDAY)
+    assert (first.new, first.accounted["done"], first.others) == (("a",), 1, 1)
+    put("2026/a.tif", marked / "b.tif")
+    put("2026/copy.tif", marked / "b.tif")
+    put("c.tif", marked / "c.tif")
+    second = run_night(spec, TUESDAY)
+    assert (second.changed, second.new) == (("a",), ("c",))
+    assert list(second.duplicates) == [f"{scans}/2026/copy.tif"]
+    assert second.accounted["done"] == 2
+
+
 # drift
 
 
@@ -253,6 +292,14 @@ def test_a_shift_is_found_in_the_measure_that_shifts(shift, n):
     before = [{"a": float(rng.normal()), "b": float(rng.normal())} for _ in range(100)]
     now = [{"a": float(rng.normal(shift)), "b": float(rng.normal())} for _ in range(n)]
     assert {m.name: m.drift for m in compare(now, before, DriftSpec())} == {"a": True, "b": False}
+
+
+def test_one_slide_far_outside_is_named_where_the_many_hide_it():
+    before = [{"a": 0.1 * i, "b": 0.1 * i} for i in range(20)]
+    now = {f"s{i}": {"a": 0.1 * i, "b": 0.1 * i} for i in range(10)} | {"odd": {"a": 9.0, "b": 1.0}}
+    assert not any(m.drift for m in compare(list(now.values()), before, DriftSpec()))
+    assert list(outlying(now, before, DriftSpec())) == ["odd"]
+    assert outlying(now, before, DriftSpec())["odd"].startswith("a 9 (reference 0.95)")
 
 
 def test_too_few_slides_are_not_judged():

@@ -21,6 +21,8 @@ from slideflow_ray.store import SlideStore
 BINS = 10
 PERCENTILES = (5, 25, 50, 75, 95)
 STAINS = ("red", "green", "blue")
+FAR = 3.0
+"""Interquartile ranges beyond the quartiles from which a slide is far out (Tukey, Exploratory Data Analysis, 1977)."""
 FEW = 5.0
 """The least reference slides of a bin: with fewer reference slides there are fewer bins."""
 
@@ -107,6 +109,24 @@ def compare(
     names = list(dict.fromkeys(name for slide in (*reference, *latest) for name in slide))
     pairs = ((name, _column(latest, name), _column(reference, name)) for name in names)
     return tuple(_compared(name, new, old, spec, spec.alpha / len(names)) for name, new, old in pairs)
+
+
+def outlying(
+    latest: Mapping[str, Mapping[str, float]], reference: Sequence[Mapping[str, float]], spec: DriftSpec
+) -> dict[str, str]:
+    """Return the slides that lie far outside the reference in a measure, and in which; drift or not."""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for slide in reference for name in slide):
+        old = _column(reference, name)
+        if len(old) < 2 * spec.least:
+            continue
+        low, middle, high = np.percentile(old, [25, 50, 75])
+        far = FAR * (high - low)
+        for slide_id, slide in latest.items():
+            value = slide.get(name, middle)
+            if not low - far <= value <= high + far:
+                found.setdefault(slide_id, []).append(f"{name} {value:.3g} (reference {middle:.3g})")
+    return {slide_id: ", ".join(said) for slide_id, said in found.items()}
 
 
 def _column(slides: Sequence[Mapping[str, float]], name: str) -> Floats:

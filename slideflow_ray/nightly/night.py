@@ -39,6 +39,7 @@ class Night:
     source : slides that the source holds, by kind (new, changed, renamed, unchanged, duplicate, waiting).
     accounted : the same slides by how they stand now: done, failed, refused, duplicate, waiting, and `turn` for those
     that an earlier bundle has scored. Both add up to the same. others : files that are no slides.
+    outlying : slides of tonight that lie far outside the reference, and in what.
     ended : slide_id -> status, code and message of those that are not done, and on how many nights in a row.
     """
 
@@ -58,6 +59,7 @@ class Night:
     models: tuple[tuple[str, str], ...]
     tonight: tuple[drift.Measure, ...] = ()
     latest: tuple[drift.Measure, ...] = ()
+    outlying: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     pruned: tuple[str, ...] = ()
     report: str = ""
@@ -85,6 +87,7 @@ class Night:
         again = [s for s, e in self.ended.items() if e["failures"] > 1]
         lines += [f"failed again: {', '.join(again)}"] if again else []
         lines += [f"drift: {text}" for text in self.drifted]
+        lines += [f"unlike the reference: {slide_id}, {why}" for slide_id, why in self.outlying.items()]
         return "\n".join([*lines, *self.notes, *([f"report: {self.report}"] if self.report else [])])
 
 
@@ -248,7 +251,8 @@ def _judged(work: _Work, night: Night, tonight: Tonight, entries: Mapping[str, E
     new = _measured(work.out / RESULTS, dict.fromkeys([*came, *latest]))
     judged = drift.compare([new[i] for i in came if i in new], list(old.values()), work.spec.drift) if came else ()
     again = drift.compare([new[i] for i in latest if i in new], list(old.values()), work.spec.drift)
-    return replace(night, tonight=judged, latest=() if set(came) == set(latest) else again)
+    far = drift.outlying({i: new[i] for i in came if i in new}, list(old.values()), work.spec.drift)
+    return replace(night, tonight=judged, latest=() if set(came) == set(latest) else again, outlying=far)
 
 
 def _reference(work: _Work) -> dict[str, None]:
