@@ -227,6 +227,13 @@ def test_a_folder_that_is_not_there_is_no_empty_folder(clinic, tmp_path):
     shutil.copy(clinic / "nightly.toml", tmp_path / "nightly.toml")
     with pytest.raises(ConfigError, match="not a folder"):
         list_sources(load_nightly(tmp_path / "nightly.toml"), {})
+    (tmp_path / "inbox").mkdir()
+    spec = load_nightly(tmp_path / "nightly.toml")
+    assert list_sources(spec, {}).slides == {}
+    known = {str(tmp_path / "inbox" / "a.tif"): [1, "2"]}
+    with pytest.raises(ConfigError, match="holds none now"):
+        list_sources(spec, known)
+    assert list_sources(spec.model_copy(update={"may_empty": True}), known).slides == {}
 
 
 @pytest.fixture

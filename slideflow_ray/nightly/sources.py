@@ -58,6 +58,10 @@ def list_sources(spec: NightlySpec, known: Mapping[str, list[Any]]) -> Listing:
     for uri in spec.watch:
         slides, more = _in_bucket(uri) if storage.is_remote(uri) else _in_folder(uri)
         others += more
+        top = uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute())
+        if not slides and not spec.may_empty and any(seen.startswith(f"{top.rstrip('/')}/") for seen in known):
+            said = f"{uri} held slides and holds none now; were it not mounted, every slide would count as removed."
+            raise ConfigError(said, next_step="Mount it; or set `may_empty = true` where its slides are really gone.")
         for source in slides:
             found.setdefault(source.uri, source)
     now = time.time()

@@ -59,6 +59,7 @@ class NightlySpec(Spec):
     watch : folders, or s3:// and gs:// prefixes, in which slides appear. cohort : a cohort.csv that may grow; its
     rows say more of slides than their files do. patient_pattern : as in `slideflow-ray cohort`. modality : of the
     slides that no row names.
+    may_empty : whether a watched place may lose all its slides at once, as it seems to when it is not mounted.
     settle_s : a file that changed less than so long ago is still being copied, and left for another night.
     rescore : slides that an earlier bundle has scored are scored again, at most so many a night; None is all of them.
     """
@@ -69,6 +70,7 @@ class NightlySpec(Spec):
     cohort: str | None = None
     patient_pattern: str | None = None
     modality: Modality = "he"
+    may_empty: bool = False
     settle_s: Annotated[float, Field(ge=0)] = 600.0
     rescore: Annotated[int, Field(ge=0)] | None = None
     reference: ReferenceSpec | None = None
