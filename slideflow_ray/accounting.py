@@ -6,7 +6,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from slideflow_ray.texts import safe_row
 class Ended:
     """How an item ended. `status` is done, failed or refused; `outcome` says more about done.
 
-    `why` says what changed where it had results before. `laid` are the slide's grids, `grids` the pairs
-    (grid, model) that are scored. An image that is
-    scored in one piece is row `row` of the store `pack`, and `packed` are the pairs there.
+    `why` says what changed where it had results before, `nodes` what is committed of it. `laid` are the slide's
+    grids, `grids` the pairs (grid, model) that are scored. An image that is scored in one piece is row `row` of the
+    store `pack`, and `packed` are the pairs there.
     """
 
     slide_id: str
@@ -44,6 +44,7 @@ class Ended:
     row: int = -1
     packed: tuple[tuple[str, str], ...] = ()
     why: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
 
 
 def failed(slide_id: str, error: SlideflowError) -> Ended:
@@ -54,11 +55,12 @@ def failed(slide_id: str, error: SlideflowError) -> Ended:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to. `changed` is False when everything was there already."""
+    """What a run came to. `changed` is False when everything was there already; `packs` are the nodes of each pack."""
 
     ended: tuple[Ended, ...]
     changed: bool
     seconds: float
+    packs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -151,6 +153,7 @@ def write_run(out: Path, spec: RunSpec, items: Sequence[Item], context: Context,
         "profile_digest": context.profile.digest() if context.profile else None,
         "finished": result is not None,
         "outcomes": {ended.slide_id: asdict(ended) for ended in result.ended} if result else {},
+        "packs": result.packs if result else {},
         "counts": result.counts if result else {},
         "seconds": round(result.seconds, 3) if result else None,
     }

@@ -190,4 +190,11 @@ class RunGraph:
 def _facts(plan: SlidePlan) -> dict[str, Any]:
     grids = tuple((grid.grid, model) for grid in plan.grids for model in grid.models)
     laid = tuple(grid.grid for grid in plan.grids)
-    return {"tiles": plan.tiles, "identity": plan.identity, "laid": laid, "grids": grids, "why": plan.why}
+    return {
+        "tiles": plan.tiles,
+        "identity": plan.identity,
+        "laid": laid,
+        "grids": grids,
+        "why": plan.why,
+        "nodes": plan.nodes,
+    }

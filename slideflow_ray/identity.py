@@ -13,13 +13,14 @@ from typing import Any
 
 from slideflow_ray import storage
 from slideflow_ray.blocks import Blocks
-from slideflow_ray.errors import ReadError, SlideNotFound, SourceChanged
+from slideflow_ray.errors import NotASlide, ReadError, SlideNotFound, SourceChanged
 from slideflow_ray.remote import Seen, copied, fetched, look
 
 Sparse = Callable[[Seen], bool]
 """Says whether a remote slide is to be read by blocks; asked once, when it is met for the first time."""
 
 ETAG = "etag:"
+AGAIN = "Run again: it is planned anew."
 
 
 class Identities:
@@ -42,13 +43,12 @@ class Identities:
         if storage.is_remote(uri):
             return self._remote(uri, sha256, sparse)
         path = storage.local_path(uri)
-        if not path.exists():
-            raise SlideNotFound(f"{uri} does not exist.")
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        seen = [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+        seen = _seen(uri, path)
         known = self._known.get(str(path.absolute()))
         if known is None or known["seen"] != seen:
-            known = {"seen": seen, "identity": f"sha256:{_hash(files, path)}"}
+            known = {"seen": seen, "identity": f"sha256:{_hash(_files(path), path)}"}
+            if _seen(uri, path) != seen:
+                raise SourceChanged(f"{uri} changed while it was read.")
             self._known[str(path.absolute())] = known
             self._new = True
         return _checked(uri, str(known["identity"]), sha256)
@@ -67,16 +67,29 @@ class Identities:
         """Return where a slide's bytes are at hand, as it was decided when its identity was found.
 
         A path, or a file that is fetched block by block. Raises SlideNotFound, ReadError, DiskFull, and SourceChanged
-        where a remote slide is not what it was then.
+        where a slide is not what it was then.
         """
         if not storage.is_remote(uri):
-            return storage.local_path(uri)
+            return self.same(uri)
         now, known = look(uri), self._known.get(uri)
         if known is not None and known["seen"] != _mark(now):
-            raise SourceChanged(f"{uri} changed after its tiles were laid.", next_step="Run again: it is planned anew.")
+            raise SourceChanged(f"{uri} changed after its tiles were laid.", next_step=AGAIN)
         if known is not None and known["identity"].startswith(ETAG):
             return copied(now) or Blocks(now)
         return fetched(now)
+
+    def same(self, uri: str) -> Path:
+        """Return a local slide's path. Raises SourceChanged where it is not what was hashed, SlideNotFound."""
+        path = storage.local_path(uri)
+        known = self._known.get(str(path.absolute()))
+        if known is not None and known["seen"] != _seen(uri, path):
+            raise SourceChanged(f"{uri} changed after its tiles were laid.", next_step=AGAIN)
+        return path
+
+    def remembered(self, uri: str) -> str:
+        """Return the identity that was found, "" where none was."""
+        where = uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute())
+        return str(self._known.get(where, {}).get("identity", ""))
 
     def save(self) -> None:
         """Write the note, if anything was hashed."""
@@ -98,7 +111,35 @@ def identity(uri: str, cache: Path | None = None, sha256: str | None = None, spa
 
 def source(uri: str, cache: Path) -> Path | Blocks:
     """Return where a slide's bytes are at hand, by the note that `identity` left (see `Identities.source`)."""
-    return Identities(_note(uri, cache) if storage.is_remote(uri) else None).source(uri)
+    return Identities(_note(uri, cache)).source(uri)
+
+
+def check_same(uri: str, cache: Path) -> str:
+    """Return the identity that `identity` found. Raises SourceChanged where a local slide is no longer that.
+
+    By size and time; called when pixels have been read and are not yet written. Of remote ones each request says
+    it itself.
+    """
+    known = Identities(_note(uri, cache))
+    if not storage.is_remote(uri):
+        known.same(uri)
+    return known.remembered(uri)
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def _seen(uri: str, path: Path) -> list[list[Any]]:
+    """Sizes and modification times of a slide's files. Raises SlideNotFound, NotASlide for a pipe or a device."""
+    if not path.exists():
+        raise SlideNotFound(f"{uri} does not exist.")
+    if not path.is_file() and not path.is_dir():
+        raise NotASlide(f"{uri} is no file, but a pipe, a socket or a device.")
+    try:
+        return [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in _files(path)]
+    except FileNotFoundError as error:
+        raise SourceChanged(f"{uri} changed while it was looked at.") from error
 
 
 def _note(uri: str, cache: Path) -> Path:
@@ -115,8 +156,7 @@ def _identity(seen: Seen, sparse: Sparse | None) -> str:
         e_tag = seen.parts[0].e_tag.strip('"')
         return f"{ETAG}{e_tag}:{seen.size}"
     copy = fetched(seen)
-    files = sorted(p for p in copy.rglob("*") if p.is_file()) if copy.is_dir() else [copy]
-    return f"sha256:{_hash(files, copy)}"
+    return f"sha256:{_hash(_files(copy), copy)}"
 
 
 def _checked(uri: str, found: str, sha256: str | None) -> str:

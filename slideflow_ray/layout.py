@@ -13,6 +13,7 @@ from slideflow_ray.cohort import Item
 from slideflow_ray.focus import focus, sample, stain_density
 from slideflow_ray.geometry import Level, achieved_mpp, best_level, size_on_level
 from slideflow_ray.grid import Grid, checked_scale, make_grid
+from slideflow_ray.identity import check_same
 from slideflow_ray.objects import boxes_to_grid
 from slideflow_ray.packs import Pack, size_px0
 from slideflow_ray.slides import SlideReader
@@ -105,12 +106,13 @@ def about_slide(reader: SlideReader, item: Item, found: str) -> dict[str, Any]:
     }
 
 
-def keep_items(store: SlideStore, rows: Sequence[dict[str, Any]]) -> None:
-    """Write and commit the items of a store."""
+def keep_items(store: SlideStore, rows: Sequence[dict[str, Any]]) -> str:
+    """Write and commit the items of a store; return their node."""
     node = f"items/rows-{digest(rows)}"
     if not store.committed(node):
         store.make_group(node, {"rows": list(rows)})
         store.commit(node)
+    return node
 
 
 def tissue_mask(
@@ -125,6 +127,7 @@ def tissue_mask(
         return node, read_tissue(store, node)
     found = find_tissue(reader, spec, item.modality, item.mask)
     tiles = sample(reader, found)
+    check_same(item.uri, cache)
     attributes = {
         "px0_per_px": list(found.px0_per_px),
         "rule": found.rule,

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from slideflow_ray import storage
 from slideflow_ray.changes import why_anew
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import DiskFull, as_slideflow_error
+from slideflow_ray.errors import DiskFull, SourceChanged, as_slideflow_error
 from slideflow_ray.focus import focus
-from slideflow_ray.identity import identity, source
+from slideflow_ray.identity import AGAIN, check_same, identity, source
 from slideflow_ray.layout import about_slide, keep_items, object_grid, pack_grid, tile_grid, tissue_mask
 from slideflow_ray.packs import GONE, Pack, broken_rows, read_image
 from slideflow_ray.planes import NOT_SCORED, objects_node, write_objects, write_plane
@@ -160,7 +160,8 @@ class SlidePlan:
     """What a slide costs and what of it is left.
 
     `again`: objects have yet to be found, so once what is left is derived the slide is planned again.
-    `why`: what changed since its models gave results on it before, one sentence each.
+    `nodes`: what is committed once the slide is done. `why`: what changed since its models gave results on it before,
+    one sentence each.
     """
 
     item: Item | Pack
@@ -168,6 +169,7 @@ class SlidePlan:
     grids: tuple[GridPlan, ...]
     complete: bool
     again: bool = False
+    nodes: tuple[str, ...] = ()
     why: tuple[str, ...] = ()
 
     @property
@@ -197,7 +199,7 @@ def plan_slide(context: Context, item: Item) -> SlidePlan:
     with open_item(context, item) as reader:
         about = about_slide(reader, item, found)
         store.describe(about)
-        keep_items(store, [item.model_dump(mode="json", exclude_none=True)])
+        items = keep_items(store, [item.model_dump(mode="json", exclude_none=True)])
         tissue_node, tissue = tissue_mask(store, context.tissue, context.cache, reader, item, about)
         grids = []
         for tile in wanted:
@@ -205,7 +207,7 @@ def plan_slide(context: Context, item: Item) -> SlidePlan:
             node = tile_grid(store, context.store, tile, reader, tissue, {**about, "tissue": tissue_node})
             grids.append(_plan_grid(context, store, item, node, tile, users))
     boxed, again = _plan_objects(context, store, item, models, grids, about)
-    return _planned(context, store, item, found, [*grids, *boxed], again)
+    return _planned(context, store, item, found, [*grids, *boxed], (items, tissue_node), again)
 
 
 def open_item(context: Context, item: Item) -> SlideReader:
@@ -249,14 +251,16 @@ def plan_pack(context: Context, pack: Pack) -> SlidePlan:
     """
     store = SlideStore(context.out, pack.slide_id)
     store.describe({"kind": "pack", "identity": pack.identity})
-    keep_items(store, [{"slide_id": r.item.slide_id, "identity": r.identity, "mpp": r.item.mpp} for r in pack.rows])
+    items = keep_items(
+        store, [{"slide_id": r.item.slide_id, "identity": r.identity, "mpp": r.item.mpp} for r in pack.rows]
+    )
     models = [model for model in context.models if model.whole and model.applies_to(pack.example)]
     grids = []
     for whole in dict.fromkeys(model.tile for model in models if isinstance(model.tile, WholeSpec)):
         users = tuple(model for model in models if model.tile == whole)
         node = pack_grid(store, context.store, whole, pack)
         grids.append(_plan_grid(context, store, pack, node, whole, users))
-    return _planned(context, store, pack, pack.identity, grids)
+    return _planned(context, store, pack, pack.identity, grids, (items,))
 
 
 def _planned(
@@ -265,14 +269,17 @@ def _planned(
     item: Item | Pack,
     found: str,
     grids: Sequence[GridPlan],
+    laid: Sequence[str],
     again: bool = False,
 ) -> SlidePlan:
+    """`laid` are nodes that the plan has committed besides the grids."""
     nodes = [node for grid in grids for node in [*_results(context, grid), *_derived(context, grid)]]
     complete = not again and all(store.committed(node) for node in nodes)
     said = [item.why] if isinstance(item, Pack) and item.why else []
     if not complete:
         said += [why for grid in grids for name in grid.models for why in _why(context, store, name, grid)]
-    return SlidePlan(item, found, tuple(grids), complete, again, tuple(dict.fromkeys(said)))
+    every = (*laid, *(f"grids/{grid.grid}" for grid in grids), *nodes)
+    return SlidePlan(item, found, tuple(grids), complete, again, every, tuple(dict.fromkeys(said)))
 
 
 def _why(context: Context, store: SlideStore, name: str, grid: GridPlan) -> tuple[str, ...]:
@@ -365,11 +372,11 @@ class OpenSlides:
 
     def __init__(self, limit: int = 2) -> None:
         self._limit = limit
-        self._open: dict[tuple[str, float | None, str], SlideReader] = {}
+        self._open: dict[tuple[str, float | None, str, str], SlideReader] = {}
 
     def get(self, context: Context, item: Item) -> SlideReader:
         """Return the item's reader, opening it if need be."""
-        key = (item.uri, item.mpp, item.modality)
+        key = (item.uri, item.mpp, item.modality, check_same(item.uri, context.cache))
         reader = self._open.pop(key, None) or open_item(context, item)
         self._open[key] = reader  # the latest used stands last
         while len(self._open) > self._limit:
@@ -414,8 +421,11 @@ def _read_boxes(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
     try:
         reader = slides.get(context, chunk.item)
         if isinstance(chunk.tile, TileSpec):
-            return read_tiles(reader, xy, tile_px=chunk.tile.tile_px, mpp=chunk.tile.mpp)
-        return _read_squares(reader, xy, wh[:, 0], chunk.tile.tile_px)
+            pixels = read_tiles(reader, xy, tile_px=chunk.tile.tile_px, mpp=chunk.tile.mpp)
+        else:
+            pixels = _read_squares(reader, xy, wh[:, 0], chunk.tile.tile_px)
+        check_same(chunk.item.uri, context.cache)
+        return pixels
     except Exception:
         slides.forget()
         raise
@@ -446,11 +456,14 @@ def _read_images(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
             continue
         try:
             pixels[i] = read_image(row, chunk.tile)
+            if identity(row.item.uri) != row.identity:
+                raise SourceChanged(f"{row.item.uri} changed after its pack was formed.", next_step=AGAIN)
         except Exception as error:  # noqa: BLE001 - whatever one image raises must not end the others
             ours = as_slideflow_error(error, f"reading {row.item.uri}")
             status = "refused" if ours.refused else "failed"
             why = {"status": status, "code": ours.code, "message": ours.message, "next_step": ours.step}
             broken[str(start + i)] = why
+            pixels[i] = 0
     path = SlideStore(context.out, chunk.item.slide_id).root / f"outcomes/{chunk.grid}/{chunk.index}.json"
     storage.write_atomic(path, storage.to_json(broken))
     return pixels

@@ -33,11 +33,17 @@ TRIES = 4
 
 @dataclass(frozen=True)
 class Part:
-    """One object as it was seen: its key, length in bytes and ETag."""
+    """One object as it was seen: its key, length in bytes and ETag; where there is none, when it was last modified."""
 
     key: str
     size: int
     e_tag: str
+    modified: str = ""
+
+    @property
+    def strong(self) -> bool:
+        """Whether requests can name it: a weak ETag matches nothing (RFC 9110, 13.1.1)."""
+        return bool(self.e_tag) and not self.e_tag.startswith("W/")
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Seen:
     @property
     def identity(self) -> str:
         """ETags and sizes as one text, which tells whether anything changed without reading it again."""
-        lines = "".join(f"{part.e_tag} {part.size} {part.key}\n" for part in self.parts)
+        lines = "".join(f"{part.e_tag or part.modified} {part.size} {part.key}\n" for part in self.parts)
         return hashlib.sha256(lines.encode()).hexdigest()
 
     @property
@@ -67,7 +73,7 @@ class Seen:
     @property
     def fixed(self) -> bool:
         """Whether it is one object that requests can name by a strong ETag, so that parts of it belong together."""
-        return self.single and bool(self.parts[0].e_tag) and not self.parts[0].e_tag.startswith("W/")
+        return self.single and self.parts[0].strong
 
 
 def look(uri: str) -> Seen:
@@ -105,7 +111,12 @@ def _listed(uri: str, store: ObjectStore, key: str) -> list[Part]:
 
 
 def _part(about: Any) -> Part:
-    return Part(about["path"], int(about["size"]), about["e_tag"] or "")
+    """What was said of an object. Raises ReadError where nothing tells one version of it from another."""
+    part = Part(about["path"], int(about["size"]), about["e_tag"] or "", str(about.get("last_modified") or ""))
+    if not (part.e_tag or part.modified):
+        said = f"{part.key} has neither ETag nor Last-Modified, so nobody could tell when it changes."
+        raise ReadError(said, next_step="Serve it from where it has one (any bucket, most web servers), or copy it.")
+    return part
 
 
 def at_hand(uri: str | Path) -> Path:
@@ -132,11 +143,14 @@ def fetched(seen: Seen) -> Path:
 
 
 def copied(seen: Seen) -> Path | None:
-    """Return the path of the copy if it is in the cache."""
+    """Return the path of the copy if it is in the cache, and whole."""
     goal = _goal(seen)
-    with contextlib.suppress(FileNotFoundError):
+    try:
         os.utime(goal.parent)
-    return goal if goal.exists() else None
+        held = sum(p.stat().st_size for p in ([goal] if goal.is_file() else goal.rglob("*")) if p.is_file())
+    except FileNotFoundError:
+        return None
+    return goal if goal.exists() and held == seen.size else None
 
 
 def _goal(seen: Seen) -> Path:
@@ -171,7 +185,7 @@ def _stream(seen: Seen, part: Part, path: Path) -> None:
     from slideflow_ray.bucket import get
 
     store, _ = storage.split_uri(seen.uri)
-    got = get(store, part.key, {"if_match": part.e_tag} if part.e_tag else {})
+    got = get(store, part.key, {"if_match": part.e_tag} if part.strong else {})
     check_unchanged(seen, part, got.meta)
     length = 0
     with path.open("wb") as file:
@@ -183,8 +197,9 @@ def _stream(seen: Seen, part: Part, path: Path) -> None:
 
 
 def check_unchanged(seen: Seen, part: Part, about: Any) -> None:
-    """Raise SourceChanged where an answer has another ETag: not every server knows conditional requests."""
-    if (about["e_tag"] or "").strip('"') != part.e_tag.strip('"'):
+    """Raise SourceChanged where an answer is of another version: not every server knows conditional requests."""
+    modified = "" if part.e_tag else str(about.get("last_modified") or "")
+    if (about["e_tag"] or "").strip('"') != part.e_tag.strip('"') or (modified and modified != part.modified):
         raise SourceChanged(f"{seen.uri} changed while it was read.")
 
 

@@ -81,25 +81,12 @@ def _broken_notes(out: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _uncommitted(out: Path) -> Iterator[tuple[str, str]]:
-    """The grids and results of slides that a run has done, where their commit is gone."""
+    """What a run has committed of the slides that are done, where the commit is gone."""
     try:
         record: dict[str, Any] = read_run(out)
     except CorruptStore:
         return
-    results = {m["node"]: ("masks" if m["task"] == "segment" else m["task"]) for m in record["models"]}
-    for slide_id, ended in record["outcomes"].items():
-        if ended["status"] != "done":
-            continue
-        for folder, grids, pairs in (
-            (slide_id, ended["laid"], ended["grids"]),
-            (ended["pack"], [grid for grid, _ in ended["packed"]], ended["packed"]),
-        ):
-            store = SlideStore(out, folder)
-            kinds = [f"{_kind(results.get(model, ''))}/{grid}/{model}" for grid, model in pairs if ended["tiles"]]
-            for node in [*(f"grids/{grid}" for grid in grids), *kinds]:
-                if not store.has_commit(node):
-                    yield folder, node
-
-
-def _kind(task: str) -> str:
-    return {"masks": "masks", "features": "features"}.get(task, "scores")
+    done = {slide_id: e["nodes"] for slide_id, e in record["outcomes"].items() if e["status"] == "done"}
+    for folder, nodes in {**done, **record["packs"]}.items():
+        store = SlideStore(out, folder)
+        yield from ((folder, node) for node in nodes if not store.has_commit(node))

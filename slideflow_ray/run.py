@@ -15,7 +15,7 @@ from typing import Any
 from slideflow_ray import execute, storage
 from slideflow_ray.accounting import Ended, RunResult, failed, note_failure, read_run, refused_before, write_run
 from slideflow_ray.cohort import Item, read_cohort
-from slideflow_ray.errors import ConfigError
+from slideflow_ray.errors import CohortError, ConfigError
 from slideflow_ray.events import Listener, RunFinished, RunStarted, VersionChosen, silent
 from slideflow_ray.execute import Pool
 from slideflow_ray.graph import RunGraph
@@ -27,6 +27,7 @@ from slideflow_ray.pipeline import LOSSLESS_SHARE, AnyTile, Context, Result, Run
 from slideflow_ray.planes import check_classes
 from slideflow_ray.profile import ComputeProfile
 from slideflow_ray.specs import BoxSpec, ComputeSpec, ModelSpec, ObjectSpec, RunSpec, TileSpec, WholeSpec, digest
+from slideflow_ray.store import folder_name
 from slideflow_ray.units import Units
 
 # configuration
@@ -173,15 +174,16 @@ def run(
     started = time.monotonic()
     spec = resolved(spec, listen)
     items, out = _checked(spec, items)
-    with lease(out):
+    with lease(out) as check:
         if rehash:
             _forget_identities(out)
         want = wanted(spec)
         before = {} if retry else refused_before(out, items, want)
         work, context, changed = _work(spec, items, listen, before, retry, want)
         ended = tuple(work.ended[item.slide_id] for item in items)
-        result = RunResult(ended, changed, time.monotonic() - started)
+        result = RunResult(ended, changed, time.monotonic() - started, work.packs)
         result = _write_heatmaps(spec, items, context, result, want)
+        check()
         write_run(out, spec, items, context, result)
     listen(RunFinished(**result.counts, seconds=result.seconds))
     return result
@@ -202,6 +204,7 @@ def settings_of(out: Path) -> tuple[RunSpec, tuple[Item, ...]]:
 def _checked(spec: RunSpec, items: Sequence[Item] | None) -> tuple[tuple[Item, ...], Path]:
     """Whatever can be wrong before anything is started."""
     items = tuple(items) if items is not None else read_cohort(spec.cohort)
+    _check_folders(items)
     load_models(spec)
     out = storage.place(spec.out)
     try:
@@ -209,6 +212,15 @@ def _checked(spec: RunSpec, items: Sequence[Item] | None) -> tuple[tuple[Item, .
     except OSError as error:
         raise ConfigError(f"{out} cannot be an output folder: {error}.") from error
     return items, out
+
+
+def _check_folders(items: Sequence[Item]) -> None:
+    """Raise CohortError where two slides would share a store."""
+    folders: dict[str, str] = {}
+    for item in items:
+        other = folders.setdefault(folder_name(item.slide_id), item.slide_id)
+        if other != item.slide_id:
+            raise CohortError(f"{item.slide_id!r} and {other!r} would be stored in the same folder; rename one.")
 
 
 def _work(
@@ -247,7 +259,15 @@ def _write_heatmaps(spec: RunSpec, items: Sequence[Item], context: Context, resu
     done = (e for e in result.ended if e.status == "done" and e.tiles)
     work = [(e.slide_id, grid, model) for e in done for grid, model in e.grids if model in mapped]
     errors = write_heatmaps(context.out, work, scheduler=spec.dask)
-    ended = tuple(failed(e.slide_id, errors[e.slide_id]) if e.slide_id in errors else e for e in result.ended)
+    maps: dict[str, list[str]] = {}
+    for slide_id, grid, model in work:
+        maps.setdefault(slide_id, []).append(f"heatmaps/{grid}/{model}")
+    ended = tuple(
+        failed(e.slide_id, errors[e.slide_id])
+        if e.slide_id in errors
+        else replace(e, nodes=(*e.nodes, *maps.get(e.slide_id, ())))
+        for e in result.ended
+    )
     for item, e in zip(items, ended, strict=True):
         if e.slide_id in errors:
             note_failure(storage.place(spec.out), item, e, want)

@@ -49,7 +49,7 @@ def scheme_of(uri: str) -> str:
     try:
         check_uri(uri)
     except ValueError as error:
-        raise ConfigError(f"{uri.split('@')[-1]} {error}.") from error
+        raise ConfigError(f"{uri.split('@')[-1].split('?')[0]} {error}.") from error
     scheme = uri.split("://", 1)[0]
     if scheme in WEB and scheme not in allowed_web():
         step = f"Set {ALLOW}={scheme} in the environment of every process to allow it."

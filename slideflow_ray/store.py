@@ -248,11 +248,29 @@ class SlideStore:
             raise CorruptStore(f"{self.slide_id}: {node} cannot be read: {error}") from error
 
     def chunks_todo(self, node: str) -> list[int]:
-        """Return the chunks of `node` that have no key yet, which is what is left to do."""
+        """Return the chunks of `node` that have no key yet, which is what is left to do.
+
+        A chunk that an earlier run has left is read once, before it counts: one that a crash of the machine has cut
+        short, or that was damaged since, is deleted and done anew.
+        """
         array = self._open(node, "r")
         tail = "/0" * (array.ndim - 1)
-        n = -(-array.shape[0] // self._rows_of(array))
-        return [i for i in range(n) if not self.has(f"{node}/c/{i}{tail}")]
+        todo = []
+        for i in range(-(-array.shape[0] // self._rows_of(array))):
+            key = f"{node}/c/{i}{tail}"
+            if not self.has(key):
+                todo.append(i)
+            elif not self._decodes(node, i):
+                (self.root / key).unlink(missing_ok=True)
+                todo.append(i)
+        return todo
+
+    def _decodes(self, node: str, chunk: int) -> bool:
+        try:
+            self.read(node, chunk)
+        except CorruptStore:
+            return False
+        return True
 
     def has_chunk(self, node: str, chunk: int, ndim: int) -> bool:
         """Return whether the chunk is written (a key that exists is complete)."""

@@ -19,7 +19,7 @@ from slideflow_ray.store import SlideStore
 
 
 class Units:
-    """The units of a run: `todo` in order, and `ended` by slide_id of the cohort, filled by `note`."""
+    """The units of a run: `todo` in order; `ended` by slide_id of the cohort, and `packs`, filled by `note`."""
 
     def __init__(
         self, context: Context, items: Sequence[Item], before: Mapping[str, Ended], retry: bool, want: str = ""
@@ -28,6 +28,7 @@ class Units:
         self._out = place(context.out)
         self._items = {item.slide_id: item for item in items}
         self.ended: dict[str, Ended] = dict(before)
+        self.packs: dict[str, tuple[str, ...]] = {}
         left = [item for item in items if item.slide_id not in before]
         packed = [item for item in left if any(m.whole and m.applies_to(item) for m in context.models)]
         again = failed_before(self._out, packed, refused=retry)
@@ -47,6 +48,7 @@ class Units:
         if ended.slide_id not in self._rows:
             self._end(ended)
             return
+        self.packs[ended.slide_id] = ended.nodes
         broken = _broken(self._out, ended)
         new = any(slide_id in self._packed.why for slide_id in self._rows[ended.slide_id])
         for slide_id in self._rows[ended.slide_id]:
@@ -61,6 +63,7 @@ class Units:
                 pack=ended.slide_id,
                 row=row,
                 packed=ended.grids,
+                nodes=(),
                 why=(self._packed.why[slide_id],) if slide_id in self._packed.why else () if new else ended.why,
             )
             self._end(_broken_one(mine, broken[row]) if row in broken else mine)

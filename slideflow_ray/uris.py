@@ -42,6 +42,8 @@ def check_uri(uri: str) -> str:
             raise ValueError("names another machine; write file:///path")
         return uri
     _check_address(parts.hostname, parts.username, parts.password)
+    if parts.scheme in WEB and (parts.query or parts.fragment):
+        raise ValueError("has a query, which may be a signature; name the file alone, or use s3:// or gs://")
     if ".." in unquote(parts.path).split("/"):
         raise ValueError("leads out of its folder by '..'")
     return uri

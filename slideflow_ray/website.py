@@ -98,7 +98,8 @@ def _about(key: str, answer: Any) -> dict[str, Any]:
     if size is None:
         answer.close()
         raise NotSupportedError(f"The server does not say how long {key} is.")
-    return {"path": key, "size": int(size), "e_tag": answer.headers["ETag"]}
+    modified = answer.headers["Last-Modified"]
+    return {"path": key, "size": int(size), "e_tag": answer.headers["ETag"], "last_modified": modified}
 
 
 def _refuse(error: HTTPError) -> NoReturn:
@@ -132,7 +133,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def _check(self, url: str) -> None:
         try:
-            check_uri(url)
+            check_uri(url.partition("?")[0])
         except ValueError as error:
             raise Forbidden(f"It sends on to an address that {error}") from error
         scheme = urlsplit(url).scheme

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from rich.console import Console
 
 from slideflow_ray.accounting import read_run
 from slideflow_ray.changes import differences
-from slideflow_ray.events import ChunkScored, SlidePlanned
+from slideflow_ray.errors import BundleError
+from slideflow_ray.events import ChunkScored, Event, RunStarted, SlidePlanned
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
-from slideflow_ray.phantoms import write_marked_slide
+from slideflow_ray.phantoms import halved, write_marked_slide, write_pyramid
 from slideflow_ray.progress import RunProgress
 from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec
+from slideflow_ray.store import SlideStore
 from tests.segmenters import write_colours, write_discs
 
 
@@ -139,6 +142,78 @@ def test_an_edited_crop_is_told_from_new_ones(bundles, tmp_path):
     why = {k: v["why"] for k, v in read_run(tmp_path / "out")["outcomes"].items()}
     assert why["a"] == why["d"] == []
     assert why["b"] == ["its file changed"]
+
+
+class Once:
+    """A listener that does something at the first event of a kind."""
+
+    def __init__(self, kind: type, work: Callable[[], object]) -> None:
+        self._kind, self._work, self._done = kind, work, False
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, self._kind) and not self._done:
+            self._done = True
+            self._work()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_slide_that_is_replaced_while_it_is_scored_is_never_scored_as_the_other(in_place, bundles, tmp_path):
+    """Pixels of the new file under the identity of the old one would stay for ever."""
+    for name, seed in (("s", 0), ("other", 7)):
+        pixels = np.random.default_rng(seed).integers(0, 255, (512, 512, 3), np.uint8)
+        write_pyramid(tmp_path / f"{name}.tif", halved(pixels, 2), 0.5)
+    shutil.copy(tmp_path / "s.tif", tmp_path / "first.tif")
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,modality\ns,s.tif,tem\n")
+
+    def replace() -> None:
+        if in_place:
+            (tmp_path / "s.tif").write_bytes((tmp_path / "other.tif").read_bytes())
+        else:
+            os.replace(shutil.copy(tmp_path / "other.tif", tmp_path / "new.tif"), tmp_path / "s.tif")
+
+    def score(out: str, listen=lambda event: None):
+        values = {"cohort": str(tmp_path / "cohort.csv"), "out": str(tmp_path / out), "executor": {"workers": 1}}
+        values |= {"model": [{"path": str(bundles["aligned"])}], "store": {"chunk_rows": 16}}
+        return run(RunSpec.parse(values, "test"), listen=listen)
+
+    (ended,) = score("out", Once(SlidePlanned, replace)).ended
+    assert (ended.status, ended.code) == ("failed", "E_CHANGED")
+    assert score("out").ended[0].status == "done"
+    shutil.copy(tmp_path / "first.tif", tmp_path / "s.tif")  # what was planned first is back
+    (back,), (fresh,) = score("out").ended, score("fresh").ended
+    assert back.grids == fresh.grids
+    stores = [SlideStore(tmp_path / out, "s") for out in ("out", "fresh")]
+    one, other = (store.read(f"scores/{'/'.join(fresh.grids[0])}") for store in stores)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_crop_that_is_replaced_after_its_pack_was_formed_fails_alone(bundles, tmp_path):
+    rng = np.random.default_rng(0)
+    card = read_card(bundles["aligned"]).model_copy(update={"name": "whole", "whole": "squash", "mpp": None})
+    write_bundle(tmp_path / "whole", card, load_weights(bundles["aligned"]))
+    for name in "abc":
+        Image.fromarray(rng.integers(0, 255, (70, 60, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,modality\na,a.png,he\nb,b.png,he\n")
+    values = {"cohort": str(tmp_path / "cohort.csv"), "out": str(tmp_path / "out"), "executor": {"workers": 1}}
+    spec = RunSpec.parse({**values, "model": [{"path": str(tmp_path / "whole")}]}, "test")
+    result = run(spec, listen=Once(RunStarted, lambda: shutil.copy(tmp_path / "c.png", tmp_path / "b.png")))
+    assert [(e.slide_id, e.status, e.code) for e in result.ended] == [("a", "done", ""), ("b", "failed", "E_CHANGED")]
+    assert run(spec).counts == {"done": 2, "failed": 0, "refused": 0}
+
+
+def test_weights_that_are_replaced_after_the_run_began_score_nothing(bundles, marked, tmp_path):
+    shutil.copytree(bundles["aligned"], tmp_path / "bundle")
+    weights = {name: value * 2 for name, value in load_weights(bundles["aligned"]).items()}
+    write_bundle(tmp_path / "other", read_card(bundles["aligned"]), weights)
+    values = {"cohort": str(marked / "cohort.csv"), "out": str(tmp_path / "out"), "executor": {"workers": 1}}
+    spec = RunSpec.parse({**values, "model": [{"path": str(tmp_path / "bundle")}]}, "test")
+
+    def replace() -> None:
+        shutil.copy(tmp_path / "other" / "weights.safetensors", tmp_path / "bundle" / "weights.safetensors")
+
+    with pytest.raises(BundleError, match="changed after the run began"):
+        run(spec, listen=Once(RunStarted, replace))
+    assert not list((tmp_path / "out").glob("slides/*/scores/*/*/c/*"))
 
 
 def test_objects_by_other_settings_are_said(tmp_path):

@@ -230,6 +230,17 @@ def test_link_local_in_any_spelling_is_refused(c, d, form):
                 check_uri(f"{scheme}://{form.format(host)}")
 
 
+def test_a_signed_address_is_refused_and_not_repeated(tmp_path, bundles, capfd):
+    with pytest.raises(ValueError, match="query"):
+        check_uri("https://host/a.svs?X-Amz-Signature=SECRETSIG")
+    (tmp_path / "cohort.csv").write_text("slide_id,uri\nc,https://host/c.tif?X-Amz-Signature=SECRETSIG\n")
+    words = ["run", "--cohort", tmp_path / "cohort.csv", "-m", bundles["aligned"], "-o", tmp_path / "out"]
+    code, told, logged = call(capfd, *words)
+    assert code == 2
+    assert "SECRETSIG" not in told + logged
+    assert "query" in logged
+
+
 @given(st.text(min_size=1))
 def test_a_uri_is_taken_as_it_is_or_refused(text):
     try:

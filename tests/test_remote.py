@@ -278,6 +278,34 @@ def test_a_slide_on_the_web_where_that_is_allowed(tags, web, marked):
         at_hand(f"{url}/none.tif")
 
 
+def test_a_server_with_weak_tags_is_one_to_copy_from(web):
+    url, server = web
+    server.weak = True
+    (server.folder / "a").write_bytes(b"abc" * 1000)
+    assert not look(f"{url}/a").fixed
+    assert at_hand(f"{url}/a").read_bytes() == b"abc" * 1000
+
+
+def test_without_tags_the_date_tells_versions_apart(web):
+    url, server = web
+    server.tags = False
+    (server.folder / "a").write_bytes(b"A" * 1000)
+    os.utime(server.folder / "a", (1e9, 1e9))
+    assert at_hand(f"{url}/a").read_bytes() == b"A" * 1000
+    (server.folder / "a").write_bytes(b"B" * 1000)
+    assert at_hand(f"{url}/a").read_bytes() == b"B" * 1000
+    server.dates = False
+    with pytest.raises(ReadError, match="neither ETag nor Last-Modified"):
+        at_hand(f"{url}/a")
+
+
+def test_a_copy_that_was_cut_short_is_fetched_again(web):
+    url, server = web
+    (server.folder / "a").write_bytes(b"abc" * 1000)
+    at_hand(f"{url}/a").write_bytes(b"abc")
+    assert at_hand(f"{url}/a").read_bytes() == b"abc" * 1000
+
+
 def test_parts_of_a_file_on_the_web(web):
     url, server = web
     data = np.random.default_rng(3).bytes(3 * BLOCK)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from slideflow_ray import cli, lease
 from slideflow_ray.accounting import read_run
+from slideflow_ray.cohort import read_cohort
 from slideflow_ray.errors import LeaseError
 from slideflow_ray.events import ChunkScored
 from slideflow_ray.repair import repair, verify
@@ -180,6 +181,48 @@ def test_only_the_broken_chunks_are_scored_again(out, reference):
     assert len(repair(out).units) == 5
     assert len(again(out)) == 2
     assert tree_digest(out) == tree_digest(reference)
+
+
+@pytest.mark.parametrize("kind", ["tissue", "items", "focus", "heatmaps", "objects", "planes", "grids/*/tiles.json"])
+def test_a_commit_that_is_gone_is_missed_whatever_it_was_of(kind, out, reference):
+    (folder,) = out.glob(f"commits/a/{kind.split('/')[0]}")
+    for path in sorted(out.glob(f"commits/a/{kind}")):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    wrong = verify(out)[1]
+    assert wrong
+    assert all(line.startswith(f"a: {folder.name}") and line.endswith("not committed any more.") for line in wrong)
+
+
+LEFT = {
+    "a chunk of scores that was cut short": ("scores/*/*/c/0/0", lambda p: p.write_bytes(b"")),
+    "a chunk of focus that was cut short": ("focus/*/c/0", lambda p: p.write_bytes(b"")),
+    "tiles with a flipped bit": ("grids/*/tiles/c/0/0/0/0", lambda p: flip(p, len(p.read_bytes()) // 2)),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_a_crash_has_damaged_before_its_commit_is_done_anew(name, marked, bundles, tmp_path):
+    values = {"cohort": str(marked / "cohort.csv"), "out": str(tmp_path / "out"), "executor": {"workers": 1}}
+    values |= {"model": [{"path": str(bundles["aligned"])}], "store": {"chunk_rows": 32}}
+    spec = RunSpec.parse(values, "test")
+    items = [item for item in read_cohort(marked / "cohort.csv") if item.slide_id == "a"]
+
+    class Crash(Exception):
+        pass
+
+    def stop(event: object) -> None:
+        if isinstance(event, ChunkScored):
+            raise Crash
+
+    with pytest.raises(Crash):
+        run(spec, items, listen=stop)
+    pattern, harm = LEFT[name]
+    (path,) = (tmp_path / "out" / "slides" / "a.zarr").glob(pattern)
+    harm(path)
+    assert run(spec, items).counts["done"] == 1
+    assert verify(tmp_path / "out")[1] == []
+    run(spec.model_copy(update={"out": str(tmp_path / "fresh")}), items)
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "fresh")
 
 
 def test_nothing_is_taken_from_what_is_whole(out, reference):

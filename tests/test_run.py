@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from slideflow_ray.accounting import read_run, status
-from slideflow_ray.errors import BundleError, ConfigError, ProfileError
+from slideflow_ray.errors import BundleError, CohortError, ConfigError, ProfileError
 from slideflow_ray.events import ChunkScored, SlideDone, SlidePlanned, WorkerDied
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
 from slideflow_ray.run import plan, run
@@ -201,6 +201,14 @@ def test_a_slide_named_like_a_half_written_file_is_a_slide(marked, bundles, tmp_
     (tmp_path / "cohort.csv").write_text("slide_id,uri,modality\nx.partial,x.partial.tif,tem\n")
     for changed in (True, False):
         assert run(spec(tmp_path, bundles, tmp_path / "out", "aligned")).changed == changed
+
+
+def test_two_slides_that_would_share_a_store_are_refused(marked, bundles, tmp_path):
+    rows = f"a/b,{marked}/a.tif,tem\na_b-c14cddc033f6,{marked}/b.tif,tem\n"
+    (tmp_path / "cohort.csv").write_text(f"slide_id,uri,modality\n{rows}")
+    with pytest.raises(CohortError, match="same folder"):
+        run(spec(tmp_path, bundles, tmp_path / "out", "aligned"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_idle_reader_that_dies_is_nobody_s_fault(marked, bundles, reference, tmp_path):

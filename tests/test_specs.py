@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from slideflow_ray import errors, lease, storage
-from slideflow_ray.errors import ConfigError, LeaseError, SlideNotFound
+from slideflow_ray.errors import ConfigError, LeaseError, NotASlide, SlideNotFound
 from slideflow_ray.identity import identity
 from slideflow_ray.specs import RunSpec, StoreSpec, TileSpec, load_run
 
@@ -105,6 +106,44 @@ def test_identity_is_the_content_and_is_remembered(tmp_path):
     assert identity(str(slide), tmp_path / "cache") == identity(str(slide))
     with pytest.raises(SlideNotFound):
         identity(str(tmp_path / "none.svs"))
+
+
+def test_a_pipe_or_a_device_is_no_slide(tmp_path):
+    """Opening one would wait for ever, and reading the other never end."""
+    os.mkfifo(tmp_path / "f.tif")
+    (tmp_path / "zero.tif").symlink_to("/dev/zero")
+    for name in ("f.tif", "zero.tif"):
+        with pytest.raises(NotASlide, match="no file"):
+            identity(str(tmp_path / name))
+
+
+def test_an_unreadable_lease_counts_until_it_is_old(tmp_path):
+    (tmp_path / "lease.json").write_text("")
+    with pytest.raises(LeaseError), lease.lease(tmp_path):
+        pass
+    then = time.time() - 2 * lease.EXPIRES_S
+    os.utime(tmp_path / "lease.json", (then, then))
+    assert not lease.held(tmp_path)
+    with lease.lease(tmp_path):
+        assert lease.held(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_a_configuration_error():
+    with pytest.raises(ConfigError, match="cannot be written"), lease.lease(Path("/proc")):
+        pass
+
+
+def test_who_has_lost_the_lease_sweeps_and_writes_nothing(tmp_path):
+    partial = tmp_path / "slides" / "b.zarr" / "x.partial"
+    partial.parent.mkdir(parents=True)
+    with pytest.raises(LeaseError, match="taken over"), lease.lease(tmp_path) as check:  # noqa: PT012
+        check()
+        (tmp_path / "lease.json").write_text('{"owner": "another", "host": "elsewhere"}')
+        partial.write_text("theirs")
+        with pytest.raises(LeaseError):
+            check()
+    assert partial.exists()
+    assert "another" in (tmp_path / "lease.json").read_text()
 
 
 def test_a_second_run_is_kept_out_and_a_dead_one_is_taken_over(tmp_path):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class Web:
     folder: Path
     ranges: bool = True
     tags: bool = True
+    weak: bool = False
+    dates: bool = True
     conditions: bool = True
     latency_s: float = 0.0
     bytes_per_s: float = float("inf")
@@ -65,8 +68,10 @@ class Handler(BaseHTTPRequestHandler):
     def _file(self, path: Path, wanted: str, body: bool) -> None:
         data = path.read_bytes() if self.web.count is None else _held(path)
         tag = f'"{_tag(path, data)}"'
-        headers = {"ETag": tag} if self.web.tags else {}
-        if self.web.conditions and self.headers.get("If-Match", tag) != tag:
+        headers = {"ETag": f"W/{tag}" if self.web.weak else tag} if self.web.tags else {}
+        if self.web.dates:
+            headers["Last-Modified"] = formatdate(path.stat().st_mtime, usegmt=True)
+        if self.web.conditions and self.headers.get("If-Match", tag) != tag:  # what begins with W/ matches nothing
             self._send(412, b"", {}, body)
             return
         if self.web.ranges:

@@ -8,6 +8,7 @@ failures, 4 infrastructure (run again to resume), 5 verification mismatch, 6 dri
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from typing import NoReturn
@@ -25,6 +26,9 @@ from slideflow_ray.cli.common import (
     EXIT_VERIFY,
 )
 from slideflow_ray.errors import ConfigError, CorruptStore, InfrastructureError, SlideflowError
+
+SURROUNDINGS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+"""What a folder or a disk may answer, whoever asks."""
 
 app = typer.Typer(
     name="slideflow-ray",
@@ -54,6 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # the command line's own usage errors
             error.show()
             sys.exit(EXIT_CONFIG)
+        if isinstance(error, OSError) and error.errno in SURROUNDINGS:
+            typer.echo(f"E_INFRA: {error}. Next: look at that folder or disk, then run the same again.", err=True)
+            sys.exit(EXIT_INFRA)
         traceback.print_exc()
         typer.echo("E_BUG: this should not happen. Next: please report it with the lines above.", err=True)
         sys.exit(EXIT_BUG)

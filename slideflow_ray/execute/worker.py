@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from slideflow_ray import pipeline, profile
-from slideflow_ray.errors import ProfileError, SlideflowError, UnexpectedError, as_slideflow_error
+from slideflow_ray.errors import BundleError, ProfileError, SlideflowError, UnexpectedError, as_slideflow_error
 from slideflow_ray.execute import Done, Failed, Span, Task
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import Context, OpenSlides, Pixels, Scorer, SlidePlan
@@ -104,6 +104,7 @@ class ModelScorer:
 
     def scorer(self, node: str) -> Scorer:
         """Return the model of that node, loading it the first time."""
+        from slideflow_ray.models.bundle import forward_digest
         from slideflow_ray.models.scorer import load_scorer
 
         with self._loading:
@@ -111,7 +112,11 @@ class ModelScorer:
                 model = next(m for m in self.context.models if m.node == node)
                 if self.context.profile is None:
                     raise ProfileError(f"{model.name} cannot score without a compute profile.")
-                self._loaded[node] = load_scorer(model.spec.path, self.context.profile)
+                loaded = load_scorer(model.spec.path, self.context.profile)
+                if model.digest and (found := forward_digest(model.spec.path)) != model.digest:
+                    said = f"{model.spec.path} changed after the run began, from {model.digest} to {found}."
+                    raise BundleError(said, next_step="Run again: it takes the bundle as it is then.")
+                self._loaded[node] = loaded
             return self._loaded[node]
 
     def renew(self) -> None:

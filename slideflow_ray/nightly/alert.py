@@ -55,7 +55,7 @@ def _to_web(address: str | None, alert: Mapping[str, object]) -> list[str]:
 def check_webhook(address: str) -> None:
     """Raise ConfigError for an address that is not http(s), or that no alert may go to (link-local, metadata)."""
     try:
-        check_uri(address)
+        check_uri(address.partition("?")[0])
     except ValueError as error:
         raise ConfigError(f"The webhook {error}.") from error
     if not address.startswith(("https://", "http://")):
