@@ -17,9 +17,10 @@ from slideflow_ray.events import (
     SlidePlanned,
     TriedAgain,
     WorkerDied,
+    WorkersChanged,
     silent,
 )
-from slideflow_ray.execute import Done, Failed, Lost, Outcome, Span, Task
+from slideflow_ray.execute import Done, Failed, Lost, Outcome, Span, Staffed, Task
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import SlidePlan
 
@@ -116,7 +117,10 @@ class RunGraph:
         return self._chunks.pop() if self._chunks else None
 
     def told(self, outcome: Outcome) -> None:
-        """Learn how a task ended."""
+        """Learn how a task ended, or how many workers there are."""
+        if isinstance(outcome, Staffed):
+            self._listen(WorkersChanged(outcome.workers))
+            return
         for task in outcome.tasks if isinstance(outcome, Lost) else (outcome.task,):
             self._flight -= 1
             self._planning -= task.stage == "plan"
@@ -135,9 +139,8 @@ class RunGraph:
         elif done.task.stage == "chunk":
             self.changed = True
             chunk, span = done.task.payload, done.span or Span("", 0.0, 0.0)
-            self._listen(
-                ChunkScored(slide_id, chunk.index, done.value, chunk.models, span.worker, span.began, span.ended)
-            )
+            when = (span.began, span.ended, span.read_s)
+            self._listen(ChunkScored(slide_id, chunk.index, done.value, chunk.models, span.worker, *when))
             self._left[slide_id] -= 1
             self._derive_if_whole(slide_id)
         elif self._plans[slide_id].again:  # objects are known now, and with them further grids

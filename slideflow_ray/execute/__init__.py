@@ -38,11 +38,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Span:
-    """Who worked on a task, and from when to when, in seconds since the epoch."""
+    """Who worked on a task, and from when to when, in seconds since the epoch; `read_s`: a chunk's reading before."""
 
     worker: str
     began: float
     ended: float
+    read_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,14 @@ class Lost:
     blameless: bool = False
 
 
-Outcome = Done | Failed | Lost
+@dataclass(frozen=True)
+class Staffed:
+    """The pool has another number of workers now, and no task has ended by that."""
+
+    workers: int
+
+
+Outcome = Done | Failed | Lost | Staffed
 
 
 class Graph(Protocol):
