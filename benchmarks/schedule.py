@@ -19,6 +19,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,7 +74,7 @@ def measured() -> Times:
 
 
 class Simulated:
-    """A pool in virtual time: each GPU has a scorer and READERS readers; tasks go to the least busy one."""
+    """A pool in virtual time: each GPU has a scorer and READERS readers; tasks go to the one that was free first."""
 
     def __init__(self, gpus: int, times: Times, chunks: list[int], seed: int = 0) -> None:
         self.workers, self.clock, self.own_s = gpus, 0.0, 0.0
@@ -81,8 +82,8 @@ class Simulated:
         self._rng, self._times, self._chunks = random.Random(seed), times, chunks
         self._readers = [[0.0] * READERS for _ in range(gpus)]
         self._scorer = [0.0] * gpus
-        self._flight = [0] * gpus
-        self._least = [(0, gpu) for gpu in range(gpus)]
+        self._places = deque(range(gpus)) * (READERS + AHEAD)  # one for each task that a GPU may hold
+        self.last_s = 0.0
         self._events: list[tuple[float, int, int, Task]] = []
         self._turn = itertools.count()
 
@@ -95,25 +96,15 @@ class Simulated:
         self.work_s += seconds
         return seconds
 
-    def _place(self) -> int:
-        while True:  # entries that are out of date are passed over
-            flight, gpu = heapq.heappop(self._least)
-            if flight == self._flight[gpu]:
-                return gpu
-
-    def _note(self, gpu: int, change: int) -> None:
-        self._flight[gpu] += change
-        heapq.heappush(self._least, (self._flight[gpu], gpu))
-
     def submit(self, task: Task) -> None:
         began = time.perf_counter()
-        gpu = self._place()
-        self._note(gpu, 1)
+        gpu = self._places.popleft()
         end = max(self.clock, heapq.heappop(self._readers[gpu])) + self._draw(
             "read" if task.stage == "chunk" else task.stage
         )
         heapq.heappush(self._readers[gpu], end)
         if task.stage == "chunk":
+            self.last_s = self.clock
             forward = self._draw("forward")
             self.busy_s += forward
             end = self._scorer[gpu] = max(end, self._scorer[gpu]) + forward
@@ -123,7 +114,7 @@ class Simulated:
     def wait(self) -> list[Outcome]:
         began = time.perf_counter()
         self.clock, _, gpu, task = heapq.heappop(self._events)
-        self._note(gpu, -1)
+        self._places.append(gpu)
         outcome = Done(task, self._value(task))
         self.own_s += time.perf_counter() - began
         return [outcome]
@@ -177,6 +168,7 @@ def one(gpus: int, slides: int, chunks: int, times: Times) -> dict[str, Any]:
         "grown_mb": (max(peak, me.memory_info().rss) - before) / 1e6,
         "tail_s": ends[-1] - ends[int(0.95 * len(ends))],
         "longest_s": longest,
+        "drain_s": pool.clock - pool.last_s,
     }
 
 
@@ -189,7 +181,8 @@ def alone(*arguments: Any) -> dict[str, Any]:
 ROW = (
     "{gpus:>4} GPUs {slides:>6} slides {chunks:>8} chunks {hours:8.2f} h | driver {driver_s:6.1f} s, "
     "{us_per_chunk:4.1f} us a chunk, {of_work:.5%} of the work, {of_time:.4%} of the time | scorers busy {busy:.1%} | "
-    "driver's memory +{grown_mb:.0f} MB | last 5 % of slides {tail_s:.0f} s, longest slide {longest_s:.0f} s"
+    "driver's memory +{grown_mb:.0f} MB | last 5 % of slides {tail_s:.0f} s, longest slide {longest_s:.0f} s, "
+    "no chunk left to hand out for the last {drain_s:.1f} s"
 )
 
 

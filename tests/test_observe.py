@@ -81,7 +81,7 @@ def test_a_log_has_a_line_for_each_event_with_run_and_slide(marked, bundles, tmp
         cli.main([*command, "--out", str(tmp_path / "out"), "--log", str(log), "--workers", "1"])
     assert ended.value.code == 3
     said = capsys.readouterr().err
-    assert said.rstrip().splitlines()[-2:] == ["failures by code (1 slides):", "     1 x E_UNREADABLE: d"]
+    assert said.rstrip().splitlines()[-2:] == ["failures by code (1 slides):", "     1 x E_NOT_A_SLIDE: d"]
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert len({line["run"] for line in lines}) == 1
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines)
@@ -98,7 +98,7 @@ def test_a_log_has_a_line_for_each_event_with_run_and_slide(marked, bundles, tmp
     assert all(line["forward_s"] == line["ended"] - line["began"] for line in chunks)
     failures = [line for line in lines if line["level"] == "WARNING"]
     assert [(line["event"], line["slide_id"], line["code"]) for line in failures] == [
-        ("SlideFailed", "d", "E_UNREADABLE")
+        ("SlideFailed", "d", "E_NOT_A_SLIDE")
     ]
 
 
@@ -153,7 +153,7 @@ def test_prometheus_reads_a_run_under_ray(marked, bundles, tmp_path, local_ray):
     result = run(RunSpec.parse(values, "test"), listen=heard.append)
     tiles = sum(event.tiles for event in heard if isinstance(event, ChunkScored))
     deadline = time.monotonic() + 40  # Ray reports every ten seconds
-    while value(page := scraped(), "slideflow_ray_failures_total", code="E_UNREADABLE") is None:
+    while value(page := scraped(), "slideflow_ray_failures_total", code="E_NOT_A_SLIDE") is None:
         assert time.monotonic() < deadline, page[:2000]
         time.sleep(0.5)
     assert value(page, "slideflow_ray_tiles_total") == tiles > 0

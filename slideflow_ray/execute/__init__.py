@@ -141,11 +141,11 @@ def run(graph: Graph, pool: Pool) -> None:
 
 
 def open_pool(spec: ExecutorSpec, compute: ComputeSpec) -> Pool:
-    """Start the pool that `spec` names; GPUs are taken unless `compute` asks for the CPU."""
+    """Start the pool that `spec` names, on GPUs unless `compute` asks for the CPU; where it asks for GPUs it waits for one."""
     if spec.kind == "ray":
         from slideflow_ray.execute.on_ray import RayPool
 
-        return RayPool(spec, use_gpus=compute.device != "cpu")
+        return RayPool(spec, use_gpus=compute.device != "cpu", only_gpus=compute.device == "cuda")
     from slideflow_ray.execute.inline import InlinePool
 
     return InlinePool(spec)
