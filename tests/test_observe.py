@@ -72,6 +72,8 @@ def test_events_become_figures(monkeypatch):
     assert metrics.found["slideflow_ray_failures", "E_TRUNCATED"] == 1
     assert metrics.found["slideflow_ray_read_seconds",] == [0.5, 0.7, 0.1]
     assert metrics.found["slideflow_ray_forward_seconds",] == [4, 4, 4]
+    assert metrics.found["slideflow_ray_scoring_seconds",] == 12
+    assert metrics.found["slideflow_ray_reading_seconds",] == pytest.approx(1.3)
 
 
 def test_a_log_has_a_line_for_each_event_with_run_and_slide(marked, bundles, tmp_path, capsys):
@@ -159,9 +161,10 @@ def test_prometheus_reads_a_run_under_ray(marked, bundles, tmp_path, local_ray):
     assert value(page, "slideflow_ray_tiles_total") == tiles > 0
     assert value(page, "slideflow_ray_slides_total", status="done") == result.counts["done"] == 3
     chunks = [event for event in heard if isinstance(event, ChunkScored)]
-    for name, seconds in (("read", [e.read_s for e in chunks]), ("forward", [e.ended - e.began for e in chunks])):
-        assert value(page, f"slideflow_ray_{name}_seconds_count") == len(chunks)
-        assert value(page, f"slideflow_ray_{name}_seconds_sum") == pytest.approx(sum(seconds))
+    assert value(page, "slideflow_ray_read_seconds_count") == len(chunks)
+    assert value(page, "slideflow_ray_forward_seconds_count") == len(chunks)
+    assert value(page, "slideflow_ray_reading_seconds_total") == pytest.approx(sum(e.read_s for e in chunks))
+    assert value(page, "slideflow_ray_scoring_seconds_total") == pytest.approx(sum(e.ended - e.began for e in chunks))
     assert value(page, "slideflow_ray_slides_left") == 0
     missing = [name for name in METRICS if name not in page and name != "slideflow_ray_worker_deaths"]
     assert missing == []

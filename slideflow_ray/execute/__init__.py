@@ -141,7 +141,7 @@ def run(graph: Graph, pool: Pool) -> None:
 
 
 def open_pool(spec: ExecutorSpec, compute: ComputeSpec) -> Pool:
-    """Start the pool that `spec` names, on GPUs unless `compute` asks for the CPU; where it asks for GPUs it waits for one."""
+    """Start the pool that `spec` names, on GPUs unless `compute` asks for the CPU, and waits for what it asks for."""
     if spec.kind == "ray":
         from slideflow_ray.execute.on_ray import RayPool
 
