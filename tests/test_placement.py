@@ -118,9 +118,10 @@ def test_a_worker_that_computes_otherwise_gets_no_work_and_keeps_its_place(kille
     assert "another GPU" in lost.cause
     assert killed == []
     assert pool._place_for(chunk("m")) is fit
+    assert pool._staffed() == [Staffed(1)]
+    assert pool._staffed() == []
     fit.loading = ["due"]
     assert pool._place_for(chunk("m")) is None
-    assert pool._staffed() == [Staffed(1)]
     with pytest.raises(ProfileError):
         pool._unfit(fit, ProfileError("this one too"))
 
