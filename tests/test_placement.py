@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -219,3 +220,26 @@ def test_a_node_that_joins_is_used_and_one_that_goes_loses_nothing(marked, bundl
     assert "E_QUARANTINE" not in said
     assert re.findall(r"WorkersChanged\(workers=(\d+)\)", said)[:2] == ["2", "1"]
     assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "inline")
+
+
+# the schedule simulator
+
+
+def test_the_simulated_schedule_takes_as_long_as_the_work_allows():
+    spec = importlib.util.spec_from_file_location("schedule", ROOT / "benchmarks/schedule.py")
+    schedule = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(schedule)
+    times = {"plan": [0.5], "read": [0.25], "forward": [2.0], "derive": [0.0]}
+    found = schedule.one(4, 50, 8, times)
+    bound_h = found["chunks"] * 2.0 / 4 / 3600  # forward passes alone, evenly spread
+    assert bound_h <= found["hours"] < 1.05 * bound_h
+    assert found["busy"] == pytest.approx(bound_h / found["hours"])
+    assert found["of_work"] < 0.01
+    slow_readers = schedule.one(4, 50, 8, {**times, "read": [16.0]})
+    bound_h = found["chunks"] * 16.0 / (4 * schedule.READERS) / 3600
+    assert bound_h <= slow_readers["hours"] < 1.15 * bound_h
+
+
+def test_what_a_cluster_has_is_asked_of_ray():
+    for path in (ROOT / "slideflow_ray/execute").glob("*.py"):
+        assert path.name == "inline.py" or "cpu_count" not in path.read_text()
