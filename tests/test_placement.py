@@ -26,7 +26,7 @@ from slideflow_ray.execute.parts import Parts
 from slideflow_ray.pipeline import Chunk
 from slideflow_ray.run import run
 from slideflow_ray.specs import ExecutorSpec, RunSpec, TileSpec
-from slideflow_ray.store import tree_digest
+from slideflow_ray.store import SlideStore, tree_digest
 from slideflow_ray.testing import MARK, end_marked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,6 +229,25 @@ def test_a_node_that_joins_is_used_and_one_that_goes_loses_nothing(marked, bundl
     assert "E_QUARANTINE" not in said
     assert re.findall(r"WorkersChanged\(workers=(\d+)\)", said)[:2] == ["2", "1"]
     assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "inline")
+
+
+@pytest.mark.parametrize("kind", ["rows", "plane"])
+def test_a_worker_of_a_lost_node_that_still_creates_an_array_harms_nobody(kind, tmp_path, monkeypatch):
+    """A node counts as lost before the last of its workers has ended: its slide is planned by two for a moment."""
+    store = SlideStore(tmp_path, "a")
+
+    def create() -> None:
+        if kind == "rows":
+            store.create_rows("focus/g", (10,), "float32", 5, fill=float("nan"))
+        else:
+            store.create_plane("planes/g", (8, 8), 4, 8, fill=255)
+
+    create()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(SlideStore, "has", lambda self, key: False)  # both looked before either had made it
+    create()
+    assert before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # the schedule simulator

@@ -197,9 +197,9 @@ class RayPool:
             self._add(self._found(resources()))
 
     def _staffed(self) -> list[Outcome]:
-        """Say how many workers there are when that has changed."""
+        """Say how many workers there are when that has changed; while none is there yet there is nothing to say."""
         up = sum(bool(worker.node) and not worker.unfit for worker in self._workers)
-        if up == self._told or any(worker.loading and worker.waited_s < SETTLE_S for worker in self._workers):
+        if up in (0, self._told) or any(worker.loading and worker.waited_s < SETTLE_S for worker in self._workers):
             return []
         self._told = self.workers = up
         return [Staffed(up)]
