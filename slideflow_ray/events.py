@@ -45,7 +45,7 @@ class SlidePlanned:
 class ChunkScored:
     """One chunk of one slide has its results in the store.
 
-    `models` gave them, on `worker`, from `began` to `ended` (seconds since the epoch).
+    `models` gave them, on `worker`, from `began` to `ended` (seconds since the epoch); reading it took `read_s` before.
     """
 
     slide_id: str
@@ -55,6 +55,7 @@ class ChunkScored:
     worker: str = ""
     began: float = 0.0
     ended: float = 0.0
+    read_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,13 @@ class WorkerDied:
     worker: str
     slides: tuple[str, ...]
     cause: str
+
+
+@dataclass(frozen=True)
+class WorkersChanged:
+    """The run has another number of workers now: some came up, or went with their node."""
+
+    workers: int
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,7 @@ Event = (
     | SlideDone
     | SlideFailed
     | WorkerDied
+    | WorkersChanged
     | TriedAgain
     | EpochTrained
     | Noted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,9 +17,10 @@ from slideflow_ray.events import (
     SlidePlanned,
     TriedAgain,
     WorkerDied,
+    WorkersChanged,
     silent,
 )
-from slideflow_ray.execute import Done, Failed, Lost, Outcome, Span, Task
+from slideflow_ray.execute import Done, Failed, Lost, Outcome, Span, Staffed, Task
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import SlidePlan
 
@@ -27,6 +28,40 @@ LOOK_AHEAD_CHUNKS = 2
 """Chunks kept ready for each free place before another slide is planned."""
 DEATHS_ALONE = 2
 """A slide that kills its worker this often while alone in it is quarantined."""
+
+
+class Queue:
+    """Tasks in order, slide by slide; whatever is done to it takes as long with 10 tasks as with a million."""
+
+    def __init__(self) -> None:
+        self._slides: OrderedDict[str, deque[Task]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, task: Task) -> None:
+        """Add a task behind those of its slide, and of the slides that came before."""
+        self._slides.setdefault(task.slide_id, deque()).append(task)
+        self._count += 1
+
+    def first(self, slide_id: str) -> None:
+        """Let a slide's tasks go before the others."""
+        if slide_id in self._slides:
+            self._slides.move_to_end(slide_id, last=False)
+
+    def pop(self) -> Task:
+        """Take the first task. Raises StopIteration when there is none."""
+        slide_id, tasks = next(iter(self._slides.items()))
+        task = tasks.popleft()
+        self._count -= 1
+        if not tasks:
+            del self._slides[slide_id]
+        return task
+
+    def drop(self, slide_id: str) -> None:
+        """Forget the tasks of a slide."""
+        self._count -= len(self._slides.pop(slide_id, ()))
 
 
 class RunGraph:
@@ -47,8 +82,8 @@ class RunGraph:
         self._items = deque(item for item in items if item.slide_id not in self.ended)
         self._listen = listen
         self._note = note
-        self._again: deque[Task] = deque()
-        self._chunks: deque[Task] = deque()
+        self._again = Queue()
+        self._chunks = Queue()
         self._plans: dict[str, SlidePlan] = {}
         self._left: Counter[str] = Counter()
         self._flight = 0
@@ -74,15 +109,18 @@ class RunGraph:
 
     def _next(self, room: int) -> Task | None:
         if self._again:
-            return self._again.popleft()
+            return self._again.pop()
         hungry = len(self._chunks) < LOOK_AHEAD_CHUNKS * room and self._planning < max(1, room // 2)
         if self._items and hungry:
             item = self._items.popleft()
             return Task("plan", item.slide_id, item)
-        return self._chunks.popleft() if self._chunks else None
+        return self._chunks.pop() if self._chunks else None
 
     def told(self, outcome: Outcome) -> None:
-        """Learn how a task ended."""
+        """Learn how a task ended, or how many workers there are."""
+        if isinstance(outcome, Staffed):
+            self._listen(WorkersChanged(outcome.workers))
+            return
         for task in outcome.tasks if isinstance(outcome, Lost) else (outcome.task,):
             self._flight -= 1
             self._planning -= task.stage == "plan"
@@ -101,15 +139,14 @@ class RunGraph:
         elif done.task.stage == "chunk":
             self.changed = True
             chunk, span = done.task.payload, done.span or Span("", 0.0, 0.0)
-            self._listen(
-                ChunkScored(slide_id, chunk.index, done.value, chunk.models, span.worker, span.began, span.ended)
-            )
+            when = (span.began, span.ended, span.read_s)
+            self._listen(ChunkScored(slide_id, chunk.index, done.value, chunk.models, span.worker, *when))
             self._left[slide_id] -= 1
             self._derive_if_whole(slide_id)
         elif self._plans[slide_id].again:  # objects are known now, and with them further grids
             self._derived.add(slide_id)
             del self._plans[slide_id], self._left[slide_id]
-            self._again.append(Task("plan", slide_id, done.task.payload.item))
+            self._again.add(Task("plan", slide_id, done.task.payload.item))
         else:
             self.changed |= done.value == "scored"
             self._end(Ended(slide_id, "done", done.value, **_facts(self._plans[slide_id])))
@@ -127,16 +164,15 @@ class RunGraph:
             self._fail(slide_id, UnexpectedError(f"{slide_id}: objects were derived and are still not there."))
             return
         self._left[slide_id] = len(todo)
-        tasks = [Task("chunk", slide_id, chunk) for chunk in todo]
+        for chunk in todo:
+            self._chunks.add(Task("chunk", slide_id, chunk))
         if slide_id in self._derived:  # nearly done: it goes first
-            self._chunks.extendleft(reversed(tasks))
-        else:
-            self._chunks.extend(tasks)
+            self._chunks.first(slide_id)
         self._derive_if_whole(slide_id)
 
     def _derive_if_whole(self, slide_id: str) -> None:
         if self._left[slide_id] == 0:
-            self._again.append(Task("derive", slide_id, self._plans[slide_id]))
+            self._again.add(Task("derive", slide_id, self._plans[slide_id]))
 
     def _failed(self, outcome: Failed) -> None:
         """End the slide; what found no memory is tried once more, alone on a fresh worker, with the same geometry."""
@@ -147,7 +183,7 @@ class RunGraph:
             return
         self._starved.add(key)
         self._listen(TriedAgain(task.slide_id, error.code, error.message))
-        self._again.append(Task(task.stage, task.slide_id, task.payload, alone=True, fresh=True))
+        self._again.add(Task(task.stage, task.slide_id, task.payload, alone=True, fresh=True))
 
     def _fail(self, slide_id: str, error: SlideflowError) -> None:
         self._end(failed(slide_id, error))
@@ -158,8 +194,8 @@ class RunGraph:
         self.ended[slide_id] = ended
         self._plans.pop(slide_id, None)
         self._left.pop(slide_id, None)
-        self._chunks = deque(task for task in self._chunks if task.slide_id != slide_id)
-        self._again = deque(task for task in self._again if task.slide_id != slide_id)
+        self._chunks.drop(slide_id)
+        self._again.drop(slide_id)
         if ended.status == "done":
             self._listen(SlideDone(slide_id, ended.outcome, ended.tiles))
         else:
@@ -177,14 +213,14 @@ class RunGraph:
             if task.slide_id in self.ended:
                 continue
             if lost.blameless:
-                self._again.append(task)
+                self._again.add(task)
                 continue
             self._deaths[task.slide_id] += alone
             if self._deaths[task.slide_id] >= DEATHS_ALONE:
                 cause = f"{task.slide_id} killed its worker {DEATHS_ALONE} times while alone in it ({lost.cause})."
                 self._fail(task.slide_id, OutOfMemory(cause) if lost.memory else Quarantined(cause))
             else:
-                self._again.append(Task(task.stage, task.slide_id, task.payload, alone=True))
+                self._again.add(Task(task.stage, task.slide_id, task.payload, alone=True))
 
 
 def _facts(plan: SlidePlan) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from slideflow_ray.graph import RunGraph
 from slideflow_ray.lease import lease
 from slideflow_ray.models.bundle import BundleCard, forward_digest, read_card
 from slideflow_ray.models.service import in_service
+from slideflow_ray.observe import observed
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import LOSSLESS_SHARE, AnyTile, Context, Result, RunModel, SlidePlan
 from slideflow_ray.planes import check_classes
@@ -158,6 +159,7 @@ def run(
     listen: Listener = silent,
     retry: bool = False,
     rehash: bool = False,
+    log: Path | None = None,
 ) -> RunResult:
     """Score a cohort; run again to resume, or to learn that nothing is left.
 
@@ -168,9 +170,15 @@ def run(
     listen : told of every event
     retry : try refused slides again too
     rehash : read every file again to learn what it is, also where size and modification time are as they were
+    log : a file for one JSON line an event; default: what SLIDEFLOW_RAY_LOG names
 
     Raises ConfigError before anything is started, InfrastructureError (resumable).
     """
+    with observed(listen, log) as told:
+        return _run(spec, items, told, retry, rehash)
+
+
+def _run(spec: RunSpec, items: Sequence[Item] | None, listen: Listener, retry: bool, rehash: bool) -> RunResult:
     started = time.monotonic()
     spec = resolved(spec, listen)
     items, out = _checked(spec, items)

@@ -202,6 +202,9 @@ class ExecutorSpec(Spec):
 
     `models`: all of them on each GPU ("together"), or each on GPUs of its own where they do not fit
     together ("apart"); a chunk is read once either way.
+    gpu_share : share of a GPU for each scorer: at 0.5 two scorers share one. It is a number to Ray, not a fence: what
+    the models of all of them take together must fit the GPU's memory.
+    On GPUs, a run that wants more `workers` than there are starts with what is there and takes in nodes that join.
     task_deadline_s : a plan, a read or a derivation that takes longer counts as hung: its worker is replaced and the
     task tried again, alone. Scoring has no deadline. silence_s : a worker that is stopped, or does not answer,
     for so long is replaced. 0 is for ever.
@@ -211,6 +214,7 @@ class ExecutorSpec(Spec):
     address: str | None = None
     workers: Annotated[int, Field(ge=0)] = 0
     readers_per_gpu: Annotated[int, Field(ge=1)] = 4
+    gpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     models: Literal["together", "apart"] = "together"
     task_deadline_s: Annotated[float, Field(ge=0)] = 1800.0
     silence_s: Annotated[float, Field(ge=0)] = 120.0

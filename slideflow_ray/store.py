@@ -18,6 +18,7 @@ digits of everything that determines it. Done means committed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.array_spec import ArrayConfigParams
+from zarr.errors import ContainsArrayError
 
 from slideflow_ray import storage
 from slideflow_ray.errors import CorruptStore, StoreError
@@ -163,19 +165,20 @@ class SlideStore:
         if parent := node.rpartition("/")[0]:
             self.make_group(parent)
         whole = (chunk_rows, *shape[1:])
-        zarr.create_array(
-            self._zarr,
-            name=node,
-            shape=shape,
-            dtype=dtype,
-            chunks=(min(INNER_ROWS, chunk_rows), *shape[1:]) if sharded else whole,
-            shards=whole if sharded else None,
-            compressors=_COMPRESSORS,
-            fill_value=fill,
-            attributes=dict(attributes or {}),
-            dimension_names=dimension_names,
-            config=_CONFIG,
-        )
+        with contextlib.suppress(ContainsArrayError):  # a worker that counts as lost with its node may still be at it
+            zarr.create_array(
+                self._zarr,
+                name=node,
+                shape=shape,
+                dtype=dtype,
+                chunks=(min(INNER_ROWS, chunk_rows), *shape[1:]) if sharded else whole,
+                shards=whole if sharded else None,
+                compressors=_COMPRESSORS,
+                fill_value=fill,
+                attributes=dict(attributes or {}),
+                dimension_names=dimension_names,
+                config=_CONFIG,
+            )
 
     def write_array(self, node: str, values: Array, attributes: Mapping[str, Any] | None = None) -> None:
         """Create and write a small array in one chunk."""
@@ -189,7 +192,9 @@ class SlideStore:
 
         Unlike rows, a shard that is not written stays absent: it is all `fill`.
         """
-        if not self.has(f"{node}/zarr.json"):
+        if self.has(f"{node}/zarr.json"):
+            return
+        with contextlib.suppress(ContainsArrayError):  # as above
             zarr.create_array(
                 self._zarr,
                 name=node,

@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     ["errors", "events", "geometry", "specs", "texts", "uris"],
-    ["website"],
+    ["website", "observe"],
     ["bucket"],
     ["storage"],
     ["cache"],
@@ -56,7 +56,7 @@ APART = {"phantoms", "testing"}
 HEAVY = {
     "ray": {
         *("execute/on_ray.py", "execute/cluster.py", "execute/actors.py"),
-        *("aggregate.py", "train/on_ray.py", "train/job.py", "train/choose.py"),
+        *("aggregate.py", "observe.py", "train/on_ray.py", "train/job.py", "train/choose.py"),
     },
     "dask": {"aggregate.py"},
     "tiffslide": {"slides/tiff.py"},

@@ -12,7 +12,7 @@ from slideflow_ray.cohort import Item
 from slideflow_ray.errors import NoMpp, ReadError
 from slideflow_ray.events import ChunkScored, SlideDone, SlideFailed, WorkerDied
 from slideflow_ray.execute import Done, Failed, Lost, Task
-from slideflow_ray.graph import RunGraph
+from slideflow_ray.graph import Queue, RunGraph
 from slideflow_ray.pipeline import Chunk, GridPlan, SlidePlan
 from slideflow_ray.specs import TileSpec
 
@@ -163,3 +163,26 @@ def test_a_death_that_no_task_is_to_blame_for_is_not_counted(blameless):
         assert task.alone is not blameless
     assert graph.finished is not blameless
     assert [e.code for e in graph.ended.values()] == ([] if blameless else ["E_QUARANTINE"])
+
+
+def test_a_queue_goes_slide_by_slide_as_a_list_would():
+    for seed in range(50):
+        rng = random.Random(seed)
+        queue, listed = Queue(), []  # the list: (slide, number), kept with each slide's together
+        for number in range(60):
+            slide = rng.choice("abcd")
+            act = rng.choice(["add", "add", "pop", "drop", "first"])
+            if act == "add":
+                queue.add(Task("chunk", slide, number))
+                order = list(dict.fromkeys([s for s, _ in listed] + [slide]))
+                listed = sorted([*listed, (slide, number)], key=lambda one: order.index(one[0]))
+            elif act == "pop" and listed:
+                task = queue.pop()
+                assert (task.slide_id, task.payload) == listed.pop(0)
+            elif act == "drop":
+                queue.drop(slide)
+                listed = [one for one in listed if one[0] != slide]
+            elif act == "first":
+                queue.first(slide)
+                listed.sort(key=lambda one: one[0] != slide)
+            assert len(queue) == len(listed)

@@ -21,6 +21,7 @@ from slideflow_ray.cli.common import (
     TilesName,
 )
 from slideflow_ray.errors import ConfigError, CorruptStore
+from slideflow_ray.observe import grouped
 from slideflow_ray.storage import place
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def run(
     dask: Annotated[DaskName, typer.Option(help="Scheduler of the aggregation.")] = DaskName.threads,
     retry: Annotated[bool, typer.Option("--retry", help="Try refused slides again.")] = False,
     rehash: Annotated[bool, typer.Option("--rehash", help="Read also files of unchanged size and time again.")] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="A file for one JSON line an event; default: SLIDEFLOW_RAY_LOG.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score slides; run again to resume. TARGET is run.toml or a slide, or give --cohort."""
@@ -73,7 +77,7 @@ def run(
     items = None
     given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
     if target is not None and target.endswith(".toml"):
-        if beside := sorted(given - {"target", "retry", "rehash", "as_json"}):
+        if beside := sorted(given - {"target", "retry", "rehash", "log", "as_json"}):
             options = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
             raise ConfigError(f"{target} says everything; {options} beside it would be ignored.")
         spec = _toml(Path(target))
@@ -87,7 +91,7 @@ def run(
         if target is not None:
             items = single_slide(target, mpp, modality)
         spec = _spec(str(cohort or ""), model, out, settings)
-    _finish_run(run_(spec, items, listen=to_stderr(), retry=retry, rehash=rehash), spec, as_json)
+    _finish_run(run_(spec, items, listen=to_stderr(), retry=retry, rehash=rehash, log=log), spec, as_json)
 
 
 def _toml(path: Path) -> RunSpec:
@@ -118,6 +122,8 @@ def _finish_run(result: RunResult, spec: RunSpec, as_json: bool) -> None:
         for ended in result.ended:
             if ended.status != "done":
                 typer.echo(f"  {ended.slide_id}: {ended.code} {ended.message} Next: {ended.next_step}", err=True)
+        for line in grouped((e.code, e.slide_id) for e in result.ended if e.status != "done"):
+            typer.echo(line, err=True)  # last: a job's message in Ray is its last ten lines
         raise typer.Exit(EXIT_FAILURES)
 
 

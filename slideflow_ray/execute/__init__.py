@@ -38,11 +38,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Span:
-    """Who worked on a task, and from when to when, in seconds since the epoch."""
+    """Who worked on a task, and from when to when, in seconds since the epoch; `read_s`: a chunk's reading before."""
 
     worker: str
     began: float
     ended: float
+    read_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,14 @@ class Lost:
     blameless: bool = False
 
 
-Outcome = Done | Failed | Lost
+@dataclass(frozen=True)
+class Staffed:
+    """The pool has another number of workers now, and no task has ended by that."""
+
+    workers: int
+
+
+Outcome = Done | Failed | Lost | Staffed
 
 
 class Graph(Protocol):
@@ -133,11 +141,11 @@ def run(graph: Graph, pool: Pool) -> None:
 
 
 def open_pool(spec: ExecutorSpec, compute: ComputeSpec) -> Pool:
-    """Start the pool that `spec` names; GPUs are taken unless `compute` asks for the CPU."""
+    """Start the pool that `spec` names, on GPUs unless `compute` asks for the CPU, and waits for what it asks for."""
     if spec.kind == "ray":
         from slideflow_ray.execute.on_ray import RayPool
 
-        return RayPool(spec, use_gpus=compute.device != "cpu")
+        return RayPool(spec, use_gpus=compute.device != "cpu", only_gpus=compute.device == "cuda")
     from slideflow_ray.execute.inline import InlinePool
 
     return InlinePool(spec)

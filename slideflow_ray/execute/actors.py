@@ -8,8 +8,8 @@ from typing import Any
 import ray
 
 from slideflow_ray.execute import Done, Failed, Task
-from slideflow_ray.execute.worker import ModelScorer, Reader
-from slideflow_ray.pipeline import Context, Pixels
+from slideflow_ray.execute.worker import ModelScorer, Read, Reader
+from slideflow_ray.pipeline import Context
 
 PULSE: dict[str, Any] = {"concurrency_groups": {"pulse": 1}}
 """A thread of its own in every actor, so that one at work answers and one that is stopped does not."""
@@ -41,12 +41,12 @@ class Fused:
         """Do a whole task."""
         if not task.loads_models:
             return self._reader.perform(task)
-        pixels = self._reader.read(task)
-        if isinstance(pixels, Failed):
-            return pixels
+        read = self._reader.read(task)
+        if isinstance(read, Failed):
+            return read
         with self._turn:
             self._scorer.pin()
-            return self._scorer.score(task, pixels)
+            return self._scorer.score(task, read)
 
 
 class GpuScorer:
@@ -70,13 +70,13 @@ class GpuScorer:
         """Answer; scoring has no deadline."""
         return 0.0, ""
 
-    def score(self, task: Task, pixels: Pixels | Failed) -> Done | Failed:
+    def score(self, task: Task, read: Read | Failed) -> Done | Failed:
         """Score what a reader beside it has read."""
-        if isinstance(pixels, Failed):
-            return pixels
+        if isinstance(read, Failed):
+            return read
         with self._turn:
             self._scorer.pin()
-            return self._scorer.score(task, pixels)
+            return self._scorer.score(task, read)
 
 
 class RemoteReader:
@@ -100,7 +100,7 @@ class RemoteReader:
         """Do a whole task that needs no model."""
         return self._reader.perform(task)
 
-    def read(self, task: Task) -> Pixels | Failed:
+    def read(self, task: Task) -> Read | Failed:
         """Read a chunk; the pixels stay in this node's object store."""
         return self._reader.read(task)
 

@@ -104,6 +104,11 @@ class Head:
         self._own = next(((known["NodeManagerAddress"], known["NodeManagerPort"]) for known in own), None)
         self._looked = self._heard = time.monotonic()
 
+    @property
+    def answers(self) -> bool:
+        """Whether the head answered when it was last looked at: what is asked of one that is away is waited for."""
+        return not self._watched or self._heard == self._looked
+
     def look(self, now: bool = False) -> None:
         """Raise InfrastructureError when one of them is gone; looks every HEAD_S, or `now`."""
         moment = time.monotonic()

@@ -24,8 +24,8 @@ import psutil
 from slideflow_ray import storage
 from slideflow_ray.errors import InfrastructureError
 from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
-from slideflow_ray.execute.worker import ModelScorer, Reader
-from slideflow_ray.pipeline import Context, Pixels
+from slideflow_ray.execute.worker import ModelScorer, Read, Reader
+from slideflow_ray.pipeline import Context
 from slideflow_ray.profile import ComputeProfile, resolve
 from slideflow_ray.specs import ComputeSpec, ExecutorSpec
 
@@ -76,7 +76,7 @@ class ReaderProcess:
         if self.cause:
             self.process.kill()
 
-    def take(self) -> tuple[Task, Done | Failed | Pixels] | None:
+    def take(self) -> tuple[Task, Done | Failed | Read] | None:
         """Receive what became of the task, None where the process says that it has started.
 
         Raises EOFError or OSError when it is dead.
@@ -132,8 +132,8 @@ class InlinePool:
         self._starts = 0
         self._last_cause = ""
         self._waiting: deque[Task] = deque()
-        self._to_score: queue.SimpleQueue[tuple[Task, Pixels] | None] = queue.SimpleQueue()
-        self._read: deque[tuple[Task, Pixels]] = deque()
+        self._to_score: queue.SimpleQueue[tuple[Task, Read] | None] = queue.SimpleQueue()
+        self._read: deque[tuple[Task, Read]] = deque()
         self._given: list[Task] = []
         self._scoring = 0
         self._scored: queue.SimpleQueue[Done | Failed] = queue.SimpleQueue()
@@ -255,9 +255,9 @@ class InlinePool:
         while self._read and not any(task.fresh for task in self._given):
             if self._read[0][0].fresh and self._given:
                 return
-            task, pixels = self._read.popleft()
+            task, read = self._read.popleft()
             self._given.append(task)
-            self._to_score.put((task, pixels))
+            self._to_score.put((task, read))
 
     def _replace(self, index: int) -> Lost:
         reader = self._readers[index]

@@ -8,9 +8,10 @@ worker nor a model that crashes while loading goes on for ever.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +28,10 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from slideflow_ray.errors import InfrastructureError, SlideflowError
-from slideflow_ray.execute import Failed, Lost, Outcome, Task
+from slideflow_ray.errors import InfrastructureError, ProfileError, SlideflowError
+from slideflow_ray.execute import Failed, Lost, Outcome, Staffed, Task
 from slideflow_ray.execute.actors import PULSE, Fused, GpuScorer, RemoteReader
-from slideflow_ray.execute.cluster import Head, asked, connect, first_line, is_gone, resources
+from slideflow_ray.execute.cluster import Head, asked, connect, first_line, is_gone, nodes, resources
 from slideflow_ray.execute.parts import Parts
 from slideflow_ray.pipeline import Context
 from slideflow_ray.profile import ComputeProfile, resolve
@@ -38,6 +39,10 @@ from slideflow_ray.specs import ComputeSpec, ExecutorSpec
 
 AHEAD = 2
 """Tasks in flight for each scorer beyond the one it scores: what it reads ahead."""
+GROW_S = 5.0
+"""How often the driver looks whether the cluster has grown."""
+SETTLE_S = 5.0
+"""How long workers may be coming up before the number of the others is told."""
 MAX_STARTS = 8
 """Starts of a worker in a row without a task done: a crash while loading must end some time."""
 LOSSES = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, ObjectLostError)
@@ -48,11 +53,28 @@ TICK_S = 1.0
 PULSE_S = 10.0
 """How often a worker with work is asked how long it has been at it."""
 GIVEN_UP = "Look at the cause (a bundle that kills who loads it, too little memory), then run the same command again."
+NO_PLACE = {
+    True: "No worker started within {} s: no node has a free GPU with the cores for its readers.",
+    False: "No worker started within {} s.",
+}
+NO_PLACE_NEXT = (
+    "See what the cluster has free (`ray status`), lower executor.readers_per_gpu, and run again: it resumes."
+)
 _NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}}
 
 
 def _resolve(compute: ComputeSpec) -> ComputeProfile:
     return resolve(compute)
+
+
+def _reader_share(known: Sequence[Mapping[str, Any]], gpu_share: float, readers: int) -> float:
+    """Return the cores of a scorer, and of each of its readers: at most one, less where a node with GPUs has fewer.
+
+    The cores of other nodes do not count: a scorer and its readers stand on one.
+    """
+    have = [node["Resources"] for node in known if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    places = (r.get("CPU", 0.0) / (int(r["GPU"]) * int(1 / gpu_share + 1e-9) * (readers + 1)) for r in have)
+    return min(1.0, math.floor(1e4 * min(places, default=1.0)) / 1e4)  # Ray counts in 1e-4
 
 
 @dataclass
@@ -61,6 +83,7 @@ class Worker:
 
     `loading` are the answers that are still due until it is up, and it takes no task before; `waited_s` since the
     first was asked for, or since the last pulse. `used`: it has been given a task. `kept_for`: it is new for that one.
+    `unfit`: it computes otherwise than the run; it gets no task, and keeps its place so that no other comes there.
     """
 
     name: str
@@ -77,6 +100,7 @@ class Worker:
     node: str = ""
     used: bool = False
     kept_for: Task | None = None
+    unfit: bool = False
     cause: str = ""
 
     def has(self, task: Task) -> bool:
@@ -84,24 +108,37 @@ class Worker:
         return self.models is None or not task.loads_models or self.models.issuperset(task.payload.models)
 
     @property
+    def up(self) -> bool:
+        """Whether it has come up, and computes as the run does."""
+        return not self.loading and not self.unfit
+
+    @property
     def open(self) -> bool:
         """Whether it takes tasks: it is up, not kept for one, and none that must be alone is in flight."""
-        return not self.loading and self.kept_for is None and not any(task.alone for task in self.flight.values())
+        return self.up and self.kept_for is None and not any(task.alone for task in self.flight.values())
 
 
 class RayPool:
-    """One worker for each core (or GPU) of the cluster, or `spec.workers` of them."""
+    """One worker for each core (or share of a GPU) of the cluster, or `spec.workers` of them.
 
-    def __init__(self, spec: ExecutorSpec, use_gpus: bool = True) -> None:
+    Those that find no place wait for one, and the others go on: so a run on GPUs starts with what is there, and takes
+    in nodes that join. With `spec.workers` = 0 there are more of them when the cluster has grown.
+    """
+
+    def __init__(self, spec: ExecutorSpec, use_gpus: bool = True, only_gpus: bool = False) -> None:
         self.spec = spec
         self._started_ray = connect(spec)
         have = resources()
         self.gpus = int(have.get("GPU", 0)) if use_gpus else 0
-        found = self.gpus or max(1, int(have.get("CPU", 1)))
+        if only_gpus and not self.gpus and (spec.address or os.environ.get("RAY_ADDRESS")):
+            self.gpus, have = 1, {**have, "GPU": 1.0}  # a cluster that scales from none: the first is asked for
+        found = self._found(have)
         self.workers = min(spec.workers, found) if spec.workers and self.gpus else spec.workers or found
-        cpus = have.get("CPU", 1.0) / self.workers
-        self._cpus_each = min(1.0, cpus)
-        self._share = min(1.0, math.floor(1e4 * cpus / (spec.readers_per_gpu + 1)) / 1e4)  # Ray counts in 1e-4
+        self._cpus_each = min(1.0, have.get("CPU", 0.0) / self.workers or 1.0)  # no core yet: nodes will join
+        self._share = _reader_share(nodes(), self.gpu_share, spec.readers_per_gpu)
+        self._grown = time.monotonic()
+        self._told, self._next, self._given_up = self.workers, -1, 0
+        self._models: list[frozenset[str] | None] = []
         self._workers: list[Worker] = []
         self._waiting: deque[Task] = deque()
         self._context: Any = None
@@ -112,7 +149,7 @@ class RayPool:
 
     def profile(self, compute: ComputeSpec) -> ComputeProfile:
         """Return the compute profile of a worker: the driver may be a laptop without the GPU."""
-        options: dict[str, Any] = {"num_gpus": 1} if self.gpus else {"num_cpus": 1, "runtime_env": _NO_GPU}
+        options: dict[str, Any] = {"num_gpus": self.gpu_share} if self.gpus else {"num_cpus": 1, "runtime_env": _NO_GPU}
         try:
             answer = ray.remote(**options)(_resolve).remote(compute)
             deadline = time.monotonic() + START_TIMEOUT_S
@@ -127,9 +164,45 @@ class RayPool:
         """Start the actors; they load the models when the first chunk comes."""
         with asked():
             self._context = ray.put(context)
-        shares = self._shares([model.node for model in context.models])
-        self._parts = Parts([share for share in shares if share is not None])
-        self._workers = [self._start(Worker(f"worker {i}", i, models=share)) for i, share in enumerate(shares)]
+        self._models = self._shares([model.node for model in context.models])
+        self._parts = Parts([share for share in self._models if share is not None])
+        self._workers = []
+        self._add(max(self.workers, self.spec.workers))
+
+    def _found(self, have: Mapping[str, float]) -> int:
+        """Return how many workers there is room for in a cluster that has this."""
+        if self.gpus:
+            return int(have.get("GPU", 0)) * int(1 / self.gpu_share + 1e-9)
+        return max(1, int(have.get("CPU", 1)))
+
+    @property
+    def gpu_share(self) -> float:
+        """Share of a GPU of each scorer."""
+        return self.spec.gpu_share
+
+    def _add(self, wanted: int) -> None:
+        """Start workers until there are so many; those beyond the first have the models of the first, in turn."""
+        for _ in range(len(self._workers) + self._given_up, wanted):
+            i = self._next = self._next + 1
+            models = self._models[i % len(self._models)]
+            self._workers.append(self._start(Worker(f"worker {i}", i, models=models)))
+
+    def _grow(self) -> None:
+        """Start further workers where the cluster has grown, unless the run was told how many there are."""
+        if self.spec.workers or time.monotonic() - self._grown < GROW_S:
+            return
+        self._grown = time.monotonic()
+        self._head.look(now=True)
+        if self._head.answers:
+            self._add(self._found(resources()))
+
+    def _staffed(self) -> list[Outcome]:
+        """Say how many workers there are when that has changed; while none is there yet there is nothing to say."""
+        up = sum(bool(worker.node) and not worker.unfit for worker in self._workers)
+        if up in (0, self._told) or any(worker.loading and worker.waited_s < SETTLE_S for worker in self._workers):
+            return []
+        self._told = self.workers = up
+        return [Staffed(up)]
 
     def _shares(self, models: Sequence[str]) -> list[frozenset[str] | None]:
         """Return the models of each worker: all, or with "apart" one model on each GPU, in turn."""
@@ -165,17 +238,16 @@ class RayPool:
         return fused.options(max_restarts=0, max_task_retries=0, **options).remote(self._context)
 
     def _gpu_actors(self, worker: Worker) -> list[Any]:
-        """A placement group for each GPU, created singly, so that pixels never cross the network.
+        """A placement group for each scorer, created singly, so that pixels never cross the network.
 
-        One whose node is lost is placed anew by Ray when there is room; its actors wait for that, the run does not.
+        Its actors wait for it where there is no room yet, which is also how an autoscaler learns what is wanted. One
+        whose node is lost is placed anew by Ray when there is room; its actors wait for that, the run does not.
         """
         k, share = self.spec.readers_per_gpu, self._share
         group = worker.group
         if group is None:
-            group = placement_group([{"GPU": 1, "CPU": share}, *[{"CPU": share}] * k], strategy="STRICT_PACK")
-            worker.group = group
-            if not group.wait(START_TIMEOUT_S):
-                raise InfrastructureError("No node has a free GPU with the cores for its readers.")
+            scorer_needs = {"GPU": self.gpu_share, "CPU": share}
+            worker.group = group = placement_group([scorer_needs, *[{"CPU": share}] * k], strategy="STRICT_PACK")
 
         def start(kind: type, bundle: int, *arguments: Any, **options: Any) -> Any:
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
@@ -183,13 +255,13 @@ class RayPool:
             actor: Any = ray.remote(**PULSE)(kind)
             return actor.options(**limits, **options).remote(self._context, *arguments)
 
-        scorer = start(GpuScorer, 0, worker.models, num_gpus=1, max_concurrency=AHEAD)
+        scorer = start(GpuScorer, 0, worker.models, num_gpus=self.gpu_share, max_concurrency=AHEAD)
         return [scorer, *(start(RemoteReader, i, num_gpus=0, runtime_env=_NO_GPU) for i in range(1, k + 1))]
 
     def _settle(self, worker: Worker, passed_s: float) -> list[Outcome]:
-        """Take the answers of a worker that comes up; start it anew when it died, go on without it when it never came.
+        """Take the answers of a worker that comes up; start it anew when it died, go on without it when it hangs.
 
-        Raises the error of a model that does not load.
+        One that has found no place may find one later. Raises the error of a model that does not load.
         """
         worker.waited_s += passed_s
         answered, worker.loading = ray.wait(worker.loading, num_returns=len(worker.loading), timeout=0)
@@ -198,20 +270,37 @@ class RayPool:
         except LOSSES as error:
             worker.loading = answered + worker.loading
             return self._replace(worker, first_line(error))
+        except ProfileError as error:
+            return self._unfit(worker, error)
         worker.node = nodes[0] if nodes else worker.node
         if not worker.loading:
             worker.waited_s = 0.0
             return []
-        return self._without(worker) if worker.waited_s > START_TIMEOUT_S else []
+        if worker.waited_s <= START_TIMEOUT_S or (not worker.node and self._others(worker)):
+            return []
+        return self._without(worker)
+
+    def _others(self, worker: Worker) -> list[Worker]:
+        """Return the workers that are up and have the models of this one."""
+        return [w for w in self._workers if w is not worker and w.up and w.models == worker.models]
+
+    def _unfit(self, worker: Worker, error: ProfileError) -> list[Outcome]:
+        """Keep a worker out that computes otherwise. Raises the error when no other is up or may come up."""
+        worker.unfit = True
+        if not any(w.models == worker.models and not w.unfit for w in self._workers):
+            raise error
+        return self._bury(worker, error.message, kill=False)
 
     def _without(self, worker: Worker) -> list[Outcome]:
-        """Go on without a worker that found no place. Raises InfrastructureError when it was the last."""
-        lost = self._bury(worker, "it found no place in the cluster")
+        """Go on without a worker that did not come up. Raises InfrastructureError when no other has its models."""
+        others, placed = self._others(worker), bool(worker.node)
+        lost = self._bury(worker, "it did not come up" if placed else "it found no place in the cluster")
         self._workers.remove(worker)
+        self._given_up += 1
         if worker.group is not None:
             remove_placement_group(worker.group)
-        if not self._workers:
-            raise InfrastructureError(f"No worker started within {START_TIMEOUT_S} s.")
+        if not others:
+            raise InfrastructureError(NO_PLACE[bool(self.gpus)].format(START_TIMEOUT_S), next_step=NO_PLACE_NEXT)
         return lost
 
     # working
@@ -224,8 +313,8 @@ class RayPool:
     @property
     def room(self) -> int:
         """How many more tasks find a free place."""
-        flight = sum(len(worker.flight) for worker in self._workers)
-        return max(0, self.limit * len(self._workers) - flight - len(self._waiting))
+        free = sum(self.limit - len(worker.flight) for worker in self._workers if worker.up)
+        return max(0, free - len(self._waiting))
 
     def submit(self, task: Task) -> None:
         """Take a task; with the first chunk the models are loaded."""
@@ -302,6 +391,8 @@ class RayPool:
             if ref in refs[ref].flight:  # a loss clears all that its worker held
                 outcomes += self._outcome(refs[ref], ref)
         outcomes += self._look()
+        self._grow()
+        outcomes += self._staffed()
         self._dispatch()
         return self._parts.join(outcomes)
 
@@ -359,10 +450,10 @@ class RayPool:
             return f"it did not answer for {silence_s:g} s"
         return ""
 
-    def _bury(self, worker: Worker, cause: str, memory: bool = False) -> list[Outcome]:
+    def _bury(self, worker: Worker, cause: str, memory: bool = False, kill: bool = True) -> list[Outcome]:
         """Gather what had ended before a worker's death, and blame the rest; its actors are gone then."""
         worker.cause, worker.pulses, worker.waited_s = cause, [], 0.0
-        for actor in worker.actors:
+        for actor in worker.actors if kill else ():
             ray.kill(actor)
         ended: list[Outcome] = []
         for ref in list(worker.flight):
@@ -371,7 +462,9 @@ class RayPool:
                 worker.flight.pop(ref)
             except (RayError, GetTimeoutError):
                 continue
-        blameless = bool(worker.loading) or is_gone(worker.node)
+        gone = is_gone(worker.node)
+        worker.starts -= gone  # nodes may come and go as they like
+        blameless = bool(worker.loading) or gone
         lost = Lost(worker.name, tuple(worker.flight.values()), cause, memory, blameless)
         worker.flight.clear()
         worker.loading = []

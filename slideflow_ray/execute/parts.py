@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
+from slideflow_ray.execute import Done, Failed, Lost, Outcome, Staffed, Task
 
 
 @dataclass
@@ -53,6 +53,8 @@ class Parts:
             if isinstance(outcome, Lost):
                 tasks = tuple(task for part in outcome.tasks if (task := self._close(part)) is not None)
                 joined.append(replace(outcome, tasks=tasks))
+            elif isinstance(outcome, Staffed):
+                joined.append(outcome)
             elif (known := self._joined(outcome)) is not None:
                 joined.append(known)
         return joined

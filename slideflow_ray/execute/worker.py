@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -27,6 +28,14 @@ from slideflow_ray.pipeline import Context, OpenSlides, Pixels, Scorer, SlidePla
 
 ALONE_SHARE = 0.8
 """Of the memory that is free, what a task that is tried alone may take before it meets a MemoryError."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """The pixels of a chunk, on their way from a reader to a scorer, and how long the reading took."""
+
+    pixels: Pixels
+    seconds: float
 
 
 class Reader:
@@ -71,11 +80,12 @@ class Reader:
         with self._at(task):
             return attempt(task, lambda: pipeline.derive(self.context, task.payload))
 
-    def read(self, task: Task) -> Pixels | Failed:
+    def read(self, task: Task) -> Read | Failed:
         """Read the chunk of a task, for a scorer."""
+        began = time.monotonic()
         with self._at(task):
             outcome = attempt(task, lambda: pipeline.read_chunk(self.context, task.payload, self.slides))
-        return outcome if isinstance(outcome, Failed) else outcome.value
+        return outcome if isinstance(outcome, Failed) else Read(outcome.value, time.monotonic() - began)
 
 
 class ModelScorer:
@@ -130,14 +140,17 @@ class ModelScorer:
             torch.cuda.empty_cache()
         self.load()
 
-    def score_anew(self, task: Task, pixels: Pixels) -> Done | Failed:
+    def score_anew(self, task: Task, read: Read) -> Done | Failed:
         """Score the chunk of a task with models that are loaded for it."""
         renewed = attempt(task, self.renew)
-        return renewed if isinstance(renewed, Failed) else self.score(task, pixels)
+        return renewed if isinstance(renewed, Failed) else self.score(task, read)
 
-    def score(self, task: Task, pixels: Pixels) -> Done | Failed:
+    def score(self, task: Task, read: Read) -> Done | Failed:
         """Score the chunk of a task."""
-        return attempt(task, lambda: pipeline.score_chunk(self.context, task.payload, pixels, self.scorer))
+        outcome = attempt(task, lambda: pipeline.score_chunk(self.context, task.payload, read.pixels, self.scorer))
+        if isinstance(outcome, Failed) or outcome.span is None:
+            return outcome
+        return replace(outcome, span=replace(outcome.span, read_s=read.seconds))
 
 
 @contextlib.contextmanager
