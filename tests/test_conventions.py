@@ -14,7 +14,7 @@ PACKAGE = ROOT / "slideflow_ray"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    ["errors", "events", "geometry", "specs", "texts", "uris"],
+    ["errors", "exits", "events", "geometry", "specs", "texts", "uris"],
     ["bucket"],
     ["storage"],
     ["remote"],
@@ -51,7 +51,15 @@ LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 APART = {"phantoms", "testing"}
 
 HEAVY = {
-    "ray": {"execute/on_ray.py", "aggregate.py", "train/on_ray.py", "train/job.py", "train/choose.py"},
+    "ray": {
+        "execute/on_ray.py",
+        "aggregate.py",
+        "train/on_ray.py",
+        "train/job.py",
+        "train/choose.py",
+        "submit/follow.py",
+        "submit/probe.py",
+    },
     "dask": {"aggregate.py"},
     "tiffslide": {"slides/tiff.py"},
     "openslide": {"slides/openslide.py", "doctor.py"},

@@ -14,17 +14,9 @@ from typing import NoReturn
 
 import typer
 
-from slideflow_ray.cli import answers, bundles, cohorts, scoring, tools, training
-from slideflow_ray.cli.common import (
-    EXIT_BUG,
-    EXIT_CONFIG,
-    EXIT_FAILURES,
-    EXIT_INFRA,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    EXIT_VERIFY,
-)
-from slideflow_ray.errors import ConfigError, CorruptStore, InfrastructureError, SlideflowError
+from slideflow_ray.cli import answers, bundles, clusters, cohorts, scoring, tools, training
+from slideflow_ray.errors import SlideflowError
+from slideflow_ray.exits import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, code_of
 
 app = typer.Typer(
     name="slideflow-ray",
@@ -35,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _group in (cohorts, scoring, answers, training, bundles, tools):  # in this order in --help
+for _group in (cohorts, scoring, clusters, answers, training, bundles, tools):  # in this order in --help
     app.add_typer(_group.commands)
 
 
@@ -45,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(app(arguments, standalone_mode=False) or EXIT_OK)
     except SlideflowError as error:
         typer.echo(str(error), err=True)
-        sys.exit(_code(error))
+        sys.exit(code_of(error))
     except typer.Exit as end:
         _leave(end.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -63,11 +55,3 @@ def _leave(code: int) -> NoReturn:
     if code == EXIT_INTERRUPTED:
         typer.echo("Interrupted; run the same command again to resume.", err=True)
     sys.exit(code)
-
-
-def _code(error: SlideflowError) -> int:
-    if isinstance(error, CorruptStore):
-        return EXIT_VERIFY
-    if isinstance(error, InfrastructureError):
-        return EXIT_INFRA
-    return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILURES

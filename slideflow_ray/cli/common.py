@@ -8,10 +8,28 @@ from typing import Annotated
 
 import typer
 
+from slideflow_ray.exits import (
+    EXIT_BUG,
+    EXIT_CONFIG,
+    EXIT_DRIFT,
+    EXIT_FAILURES,
+    EXIT_INFRA,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_VERIFY,
+)
 from slideflow_ray.storage import place
 
-EXIT_OK, EXIT_CONFIG, EXIT_FAILURES, EXIT_INFRA, EXIT_VERIFY, EXIT_DRIFT = 0, 2, 3, 4, 5, 6
-EXIT_BUG, EXIT_INTERRUPTED = 70, 130
+__all__ = [
+    "EXIT_BUG",
+    "EXIT_CONFIG",
+    "EXIT_DRIFT",
+    "EXIT_FAILURES",
+    "EXIT_INFRA",
+    "EXIT_INTERRUPTED",
+    "EXIT_OK",
+    "EXIT_VERIFY",
+]
 
 
 class ExecutorName(StrEnum):
