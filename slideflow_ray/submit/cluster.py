@@ -265,7 +265,7 @@ def _get(url: str, headers: Mapping[str, str]) -> tuple[int, Any]:
         error.close()
         return error.code, None
     except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
-        reason = getattr(error, "reason", error)
+        reason = " ".join(str(getattr(error, "reason", error)).split())[:300] or type(error).__name__
         where = "{0.scheme}://{0.netloc}".format(urlsplit(url))
         raise InfrastructureError(f"{where} does not answer: {reason}.", next_step=CHECK) from error
 

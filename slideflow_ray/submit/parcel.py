@@ -234,11 +234,12 @@ def _placed_nightly(values: dict[str, Any], pack: Packing) -> None:
     _need(values, "out")
     pack.out = values["out"] = pack.target(values["out"])
     _place_models(values, pack)
+    if isinstance(values.get("watch"), str):
+        values["watch"] = [values["watch"]]
     parse_nightly(values, SETTINGS)
     if values.get("cohort"):  # it may grow, so a copy would be of today
         values["cohort"] = pack.there(values["cohort"], "cohort")
-    watched = values.get("watch") or []
-    values["watch"] = [pack.there(uri, "watch") for uri in ([watched] if isinstance(watched, str) else watched)]
+    values["watch"] = [pack.there(uri, "watch") for uri in values.get("watch") or ()]
     if values.get("reference"):
         values["reference"]["cohort"] = pack.cohort(values["reference"]["cohort"], "reference.csv")
     if (values.get("alert") or {}).get("file"):

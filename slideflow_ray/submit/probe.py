@@ -16,7 +16,7 @@ import platform
 import runpy
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,15 @@ def main(arguments: Sequence[str]) -> int:
     told = json.loads((here / TOLD).read_text())
     if wrong := versions(told):
         return refuse(wrong)
-    with joined() as session:
-        if told["check"]:
-            began = time.monotonic()
-            wrong, seen = look(told)
-            if wrong:
-                return refuse(wrong)
-            say(f"preflight: {seen} in {time.monotonic() - began:.1f} s")
-        for source, target in told["copies"]:
-            copy(here / source, target)
+    session = join()
+    if told["check"]:
+        began = time.monotonic()
+        wrong, seen = look(told)
+        if wrong:
+            return refuse(wrong)
+        say(f"preflight: {seen} in {time.monotonic() - began:.1f} s")
+    for source, target in told["copies"]:
+        copy(here / source, target)
     code = perform(arguments)
     if told["report"]:
         hand_out(told["out"], session)
@@ -89,18 +89,13 @@ def _minor(text: str, key: str) -> str:
     return text if key == "package" else ".".join(text.split(".")[:2])
 
 
-@contextlib.contextmanager
-def joined() -> Iterator[str]:
-    """Join the job's cluster for a while; give the folder of its session on this node."""
+def join() -> str:
+    """Join the job's cluster, which the script then finds joined; return the folder of its session on this node."""
     import ray
 
     address = os.environ.get("RAY_ADDRESS", "auto")
     context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    session = str(getattr(context, "address_info", {}).get("session_dir", ""))
-    try:
-        yield session
-    finally:
-        ray.shutdown()
+    return str(getattr(context, "address_info", {}).get("session_dir", ""))
 
 
 # what a node can see
@@ -122,7 +117,7 @@ def look(told: dict[str, Any]) -> tuple[list[str], str]:
     finally:
         mark.unlink(missing_ok=True)
     files = len(told["read"]) + len(uris)
-    return wrong, f"{files} files, folders and bundles can be read and {out} written, on {seen} nodes"
+    return wrong, f"{files} files, folders and bundles can be read and {out} written, on {seen} node{'s' * (seen > 1)}"
 
 
 NEXT_OUT = "Next: give an `out` that every node sees and may write, or s3://..."
@@ -154,16 +149,18 @@ def everywhere(paths: Sequence[str], mark: str) -> tuple[int, list[str]]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    here = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["Alive"]][:NODES]  # type: ignore[no-untyped-call]
+    own, *_ = [node["NodeManagerHostname"] for node in nodes if node["NodeID"] == here] or ["The head"]
     task = ray.remote(num_cpus=0, max_retries=0)(unreadable)
     asked = {}
     for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[task.options(scheduling_strategy=there).remote([mark, *paths])] = node["NodeManagerHostname"]
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_S)
-    wrong = [
-        f"{asked[ref]} gave no answer in {NODE_S:g} s. Next: look at this node, or --no-preflight." for ref in late
-    ]
+        if node["NodeID"] != here:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[task.options(scheduling_strategy=there).remote([mark, *paths])] = node["NodeManagerHostname"]
+    wrong = [_said(own, path, cause, mark) for path, cause in unreadable(paths)]  # a worker takes seconds to start
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_S) if asked else ([], [])
+    wrong += [f"{asked[ref]} gave no answer in {NODE_S:g} s. {NEXT_NODE}" for ref in late]
     for ref in ready:
         try:
             found = ray.get(ref)
@@ -171,7 +168,7 @@ def everywhere(paths: Sequence[str], mark: str) -> tuple[int, list[str]]:
             wrong.append(f"{asked[ref]}: {_first(error)}. {NEXT_NODE}")
             continue
         wrong += [_said(asked[ref], path, cause, mark) for path, cause in found]
-    return len(ready), list(dict.fromkeys(wrong))
+    return len(ready) + 1, list(dict.fromkeys(wrong))
 
 
 def _said(node: str, path: str, cause: str, mark: str) -> str:
