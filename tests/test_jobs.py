@@ -203,7 +203,7 @@ def larger(tmp_path_factory) -> Path:
     from slideflow_ray.phantoms import write_marked_slide
 
     folder = tmp_path_factory.mktemp("larger")
-    for name, size_px0 in {"a": (5003, 4101), "b": (4101, 5003)}.items():
+    for name, size_px0 in {"a": (4001, 3901), "b": (3901, 4001)}.items():
         write_marked_slide(folder / f"{name}.tif", size_px0=size_px0)
     (folder / "cohort.csv").write_text("slide_id,uri,modality\na,a.tif,tem\nb,b.tif,tem\n")
     return folder
