@@ -74,8 +74,11 @@ class Head:
 
 
 @contextlib.contextmanager
-def started_head(token: Path | None, cpus: int = 2) -> Iterator[Head]:
-    """Start a head and end it, its nodes and its files with the block; without a token it is an open cluster."""
+def started_head(token: Path | None, cpus: int = 2, **more: str) -> Iterator[Head]:
+    """Start a head and end it, its nodes and its files with the block; without a token it is an open cluster.
+
+    more : environment of the head, its nodes and their jobs.
+    """
     folder = Path(tempfile.mkdtemp(prefix="sfr-", dir="/tmp"))  # short: Ray puts sockets below it
     gcs, dashboard, agent, client = free_ports(4)
     command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
@@ -86,7 +89,7 @@ def started_head(token: Path | None, cpus: int = 2) -> Iterator[Head]:
     if token is not None:
         env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", folder, env)
-    head.nodes.append(_started(command, env, folder / "head.log"))
+    head.nodes.append(_started(command, env | more, folder / "head.log"))
     try:
         _wait_until_up(head, token.read_text() if token else "")
         yield head

@@ -10,16 +10,18 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from head import RAY, ROOT, Head, started_head, status_of
 
 from slideflow_ray.store import tree_digest
-from tests.head import RAY, ROOT, Head, started_head, status_of
 
 JOBS = ("tile", "score", "evaluate", "retrain", "nightly")
 
@@ -287,9 +289,15 @@ def test_a_job_that_is_stopped_is_resumed_by_submitting_it_again(head, larger, b
     settings = run_toml(tmp_path, larger / "cohort.csv", bundles["aligned"], chunk_rows=32)
     job = submit(head, str(settings), "--detach").stdout.strip()
     wait_for(lambda: len(shards(tmp_path / "out")) > 8)
-    follower = subprocess.Popen(
-        [sys.executable, "-m", "slideflow_ray.cli", "jobs", "logs", "--follow", job], env=client_env(head)
-    )
+    call = [sys.executable, "-m", "slideflow_ray.cli", "jobs", "logs", "--follow", job]
+    with (tmp_path / "left").open("w") as file:
+        leaver = subprocess.Popen(call, env=client_env(head), stdout=file, stderr=subprocess.STDOUT)
+    wait_for(lambda: "aligned" in (tmp_path / "left").read_text())
+    leaver.send_signal(signal.SIGINT)
+    assert leaver.wait(timeout=30) == 130
+    assert f"jobs logs {job} --follow" in (tmp_path / "left").read_text()
+    assert command(head, "jobs", "status", job).stdout.startswith(f"{job}: RUNNING")
+    follower = subprocess.Popen(call, env=client_env(head))
     assert command(head, "jobs", "stop", job).returncode == 0
     assert follower.wait(timeout=60) == 130
     assert command(head, "jobs", "status", job).stdout.startswith(f"{job}: STOPPED, exit code 130")
@@ -310,7 +318,7 @@ def test_a_job_that_is_stopped_is_resumed_by_submitting_it_again(head, larger, b
 def test_what_the_cluster_cannot_see_is_said_before_anything_is_scored(head, marked, bundles, tmp_path):
     settings = run_toml(tmp_path, marked / "cohort.csv", bundles["aligned"])
     text = (tmp_path / "cohort.csv").read_text()
-    (tmp_path / "cohort.csv").write_text(text.replace("b.tif", "not-there.tif"))
+    (tmp_path / "cohort.csv").write_text(re.sub(r"[bc]\.tif", "not-there.tif", text))
     done = submit(head, str(settings))
     assert done.returncode == 2
     (line,) = [line for line in done.stdout.splitlines() if "E_CONFIG" in line]
@@ -339,3 +347,38 @@ def test_an_open_cluster_is_refused_unless_told(marked, bundles, tmp_path, token
         told = submit(head, str(settings), "--allow-open")
         assert told.returncode == 0, told.stdout + told.stderr
         assert "WITHOUT authentication" in told.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_slides_and_results_in_a_bucket_that_the_laptop_does_not_see(token, marked, bundles, tmp_path):
+    from object_store import BUCKET, object_store
+
+    with object_store() as (url, _):
+        there = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+        there |= {"AWS_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true", "SLIDEFLOW_RAY_CACHE": str(tmp_path / "cache")}
+        for name in "abc":
+            put(f"{url}/{BUCKET}/slides/{name}.tif", (marked / f"{name}.tif").read_bytes())
+        shutil.copytree(bundles["aligned"], tmp_path / "aligned")
+        (tmp_path / "cohort.csv").write_text("slide_id,uri,modality\na,a.tif,tem\nb,b.tif,tem\nc,c.tif,tem\n")
+        profile = f'[lab]\naddress = "http://127.0.0.1:1"\nout = "s3://{BUCKET}"\nslides = "s3://{BUCKET}/slides"\n'
+        (tmp_path / "profiles.toml").write_text(profile)
+        with started_head(token, **there) as head:
+            call = [sys.executable, "-m", "slideflow_ray.cli", "submit", "--cohort", "cohort.csv", "--model", "aligned"]
+            call += ["--out", "run", "--profile", "lab@profiles.toml", "--address", head.address]
+            env = client_env(head)
+            done = subprocess.run(
+                [*call, "--python", sys.executable], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "'done': 3" in done.stdout
+            (job,) = re.findall(r"(sfr-score-\w+) submitted", done.stderr)
+            fetched = command(head, "jobs", "report", job, "--to", str(tmp_path / "report.html"))
+            assert fetched.returncode == 0, fetched.stderr
+        with urllib.request.urlopen(f"{url}/{BUCKET}/run/report.html") as answer:
+            assert (tmp_path / "report.html").read_bytes() == answer.read()
+
+
+def put(url: str, data: bytes) -> None:
+    with urllib.request.urlopen(urllib.request.Request(url, data, method="PUT")):
+        pass

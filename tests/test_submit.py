@@ -420,8 +420,59 @@ def test_what_cannot_be_read_is_named_with_its_cause(tmp_path):
     (tmp_path / "a").write_text("a")
     missing = str(tmp_path / "b")
     found = probe.unreadable([str(tmp_path / "a"), str(tmp_path), missing, "ftp://host/x"])
-    assert [path for path, _ in found] == [missing, "ftp://host/x"]
-    assert found[0][1] == "No such file or directory"
+    assert list(found) == [missing, "ftp://host/x"]
+    assert found[missing] == "No such file or directory"
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch) -> dict:
+    """What a first step is told; the cluster is this process."""
+    for name in "abcde":
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(probe, "everywhere", lambda paths: {"head": probe.unreadable(paths)})
+    uris = [str(tmp_path / name) for name in "abcde"]
+    return {"out": str(tmp_path / "out"), "read": [uris[0]], "cohorts": [], "uris": uris}
+
+
+def test_what_all_can_be_read_passes_and_leaves_nothing_behind(told, tmp_path):
+    wrong, seen = probe.look(told)
+    assert wrong == []
+    assert "6 files, folders and bundles" in seen
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_slide_that_is_missing_is_said_and_most_of_them_are_refused(told, tmp_path, capfd):
+    (tmp_path / "e").unlink()
+    assert probe.look(told)[0] == []
+    assert f"cannot read 1 of 5 files that the cohort names, as {tmp_path / 'e'}" in capfd.readouterr().err
+    for name in "bc":
+        (tmp_path / name).unlink()
+    (line,) = probe.look(told)[0]
+    assert "cannot read 3 of 5 files" in line
+    assert "slides are not sent" in line
+
+
+def test_a_bundle_a_cohort_and_an_output_folder_must_be_there(told, tmp_path):
+    missing = str(tmp_path / "bundle")
+    assert missing in probe.look(told | {"read": [missing]})[0][0]
+    assert "The cohort" in probe.look(told | {"cohorts": [missing]})[0][0]
+    assert "cannot be written" in probe.look(told | {"out": str(tmp_path / "a" / "out")})[0][0]
+
+
+def test_a_node_that_does_not_share_the_output_folder_is_named(told, monkeypatch):
+    def everywhere(paths):
+        assert all(Path(path).exists() for path in paths)
+        return {"head": {}, "node": {paths[0]: "No such file or directory"}}
+
+    monkeypatch.setattr(probe, "everywhere", everywhere)
+    (line,) = probe.look(told)[0]
+    assert line.startswith(f"node does not see what another node writes to {told['out']}")
+
+
+def test_a_cohort_on_the_clusters_side_is_read_there(told, tmp_path):
+    (tmp_path / "cohort.csv").write_text("slide_id,uri\nx,/not/there.svs\n")
+    (line,) = probe.look(told | {"cohorts": [str(tmp_path / "cohort.csv")], "uris": []})[0]
+    assert "cannot read 1 of 1 files that the cohort names, as /not/there.svs" in line
 
 
 def test_other_versions_are_refused_unless_told():

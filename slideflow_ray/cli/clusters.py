@@ -161,10 +161,10 @@ Job = Annotated[str, typer.Argument(metavar="JOB", help="The id that `submit` ha
 
 
 def _client(profile: str | None, address: str | None, allow_open: bool) -> Client:
-    from slideflow_ray.submit.cluster import find_cluster, look
+    from slideflow_ray.submit.cluster import enter, find_cluster
 
     cluster = find_cluster(profile, address, allow_open=allow_open)
-    look(cluster, any_version=True)
+    enter(cluster)
 
     from slideflow_ray.submit.follow import Client
 

@@ -191,17 +191,7 @@ def look(cluster: Cluster, *, any_version: bool = False, gpus: float = 0) -> Abo
 
     any_version : another Ray than the one installed here will do. gpus : how many must be there.
     """
-    is_open = _is_open(cluster)
-    if is_open and not cluster.allow_open:
-        raise ConfigError(
-            f"{cluster.address} runs jobs for whoever reaches it: it has no authentication.",
-            next_step="Start the cluster with RAY_AUTH_MODE=token (cluster/README.md), or pass --allow-open.",
-        )
-    if not is_open and not cluster.token:
-        raise ConfigError(
-            f"{cluster.address} asks for a token, and none is configured.",
-            next_step="Copy the cluster's token to ~/.ray/auth_token (chmod 600), or set RAY_AUTH_TOKEN_PATH.",
-        )
+    is_open = enter(cluster)
     version = str(_asked(cluster, "/api/version").get("ray_version"))
     mine = importlib.metadata.version("ray")
     if version != mine and not any_version:
@@ -217,6 +207,22 @@ def look(cluster: Cluster, *, any_version: bool = False, gpus: float = 0) -> Abo
             next_step="Wait for its nodes or add some; without --gpus the job starts with what is there.",
         )
     return About(cluster.address, version, len(nodes), have["CPU"], have["GPU"], is_open)
+
+
+def enter(cluster: Cluster) -> bool:
+    """Return whether a cluster is open. Raises ConfigError for one that may not be, or that wants a token we lack."""
+    is_open = _is_open(cluster)
+    if is_open and not cluster.allow_open:
+        raise ConfigError(
+            f"{cluster.address} runs jobs for whoever reaches it: it has no authentication.",
+            next_step="Start the cluster with RAY_AUTH_MODE=token (cluster/README.md), or pass --allow-open.",
+        )
+    if not is_open and not cluster.token:
+        raise ConfigError(
+            f"{cluster.address} asks for a token, and none is configured.",
+            next_step="Copy the cluster's token to ~/.ray/auth_token (chmod 600), or set RAY_AUTH_TOKEN_PATH.",
+        )
+    return is_open
 
 
 def warn_of(cluster: Cluster) -> str:

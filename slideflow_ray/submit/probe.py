@@ -112,17 +112,24 @@ def look(told: dict[str, Any]) -> tuple[list[str], str]:
     try:
         uris = list(told["uris"])
         wrong = [line for path in told["cohorts"] if (line := _sampled(path, uris))]
-        seen, lines = everywhere([*told["read"], *uris], str(mark))
-        wrong += lines
+        needed = [str(mark), *told["read"]]
+        found = everywhere([*needed, *uris])
     finally:
         mark.unlink(missing_ok=True)
+    for node, causes in found.items():
+        wrong += [_said(node, path, causes[path], mark) for path in (*needed, "") if path in causes]
+        lost = {uri: causes[uri] for uri in uris if uri in causes}
+        if lost and 2 * len(lost) < len(uris):  # some slide always fails, and a run goes on without it
+            say(f"preflight: {_few(node, lost, len(uris))}; the others go on.")
+        elif lost:
+            wrong.append(f"{_few(node, lost, len(uris))}. {NEXT_READ}")
+    seen = f"{len(found)} node{'s' * (len(found) > 1)}"
     files = len(told["read"]) + len(uris)
-    return wrong, f"{files} files, folders and bundles can be read and {out} written, on {seen} node{'s' * (seen > 1)}"
+    return wrong, f"looked at {files} files, folders and bundles, and wrote {out}, on {seen}"
 
 
 NEXT_OUT = "Next: give an `out` that every node sees and may write, or s3://..."
 NEXT_READ = "Next: put it where every node sees it under this name (a shared folder, s3://...); slides are not sent."
-
 NEXT_NODE = "Next: look at this node, or pass --no-preflight."
 
 
@@ -144,43 +151,48 @@ def _sampled(path: str, uris: list[str]) -> str:
     return ""
 
 
-def everywhere(paths: Sequence[str], mark: str) -> tuple[int, list[str]]:
-    """Try to read `paths`, and to see `mark`, on each node; return how many nodes answered, and what is wrong."""
+def everywhere(paths: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Try to read `paths` on each node; return for each what it cannot read, and why (by "": why it said nothing)."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["Alive"]][:NODES]  # type: ignore[no-untyped-call]
-    own, *_ = [node["NodeManagerHostname"] for node in nodes if node["NodeID"] == here] or ["The head"]
+    names = {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in nodes}
     task = ray.remote(num_cpus=0, max_retries=0)(unreadable)
     asked = {}
-    for node in nodes:
-        if node["NodeID"] != here:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[task.options(scheduling_strategy=there).remote([mark, *paths])] = node["NodeManagerHostname"]
-    wrong = [_said(own, path, cause, mark) for path, cause in unreadable(paths)]  # a worker takes seconds to start
+    for node in names:
+        if node != here:
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            asked[task.options(scheduling_strategy=there).remote(list(paths))] = f"{names[node]} {node[:6]}"
+    found = {names.get(here, "the head"): unreadable(paths)}  # without a worker, which takes seconds to start
     ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_S) if asked else ([], [])
-    wrong += [f"{asked[ref]} gave no answer in {NODE_S:g} s. {NEXT_NODE}" for ref in late]
+    found |= {asked[ref]: {"": f"no answer in {NODE_S:g} s"} for ref in late}
     for ref in ready:
         try:
-            found = ray.get(ref)
+            found[asked[ref]] = ray.get(ref)
         except ray.exceptions.RayError as error:
-            wrong.append(f"{asked[ref]}: {_first(error)}. {NEXT_NODE}")
-            continue
-        wrong += [_said(asked[ref], path, cause, mark) for path, cause in found]
-    return len(ready) + 1, list(dict.fromkeys(wrong))
+            found[asked[ref]] = {"": _first(error)}
+    return found
 
 
-def _said(node: str, path: str, cause: str, mark: str) -> str:
-    if path == mark:
-        return f"{node} does not see what another node writes to {Path(mark).parent}: {cause}. {NEXT_OUT}"
+def _said(node: str, path: str, cause: str, mark: Path) -> str:
+    if not path:
+        return f"{node}: {cause}. {NEXT_NODE}"
+    if path == str(mark):
+        return f"{node} does not see what another node writes to {mark.parent}: {cause}. {NEXT_OUT}"
     return f"{node} cannot read {path}: {cause}. {NEXT_READ}"
 
 
-def unreadable(paths: Sequence[str]) -> list[tuple[str, str]]:
+def _few(node: str, lost: dict[str, str], of: int) -> str:
+    uri, cause = next(iter(lost.items()))
+    return f"{node} cannot read {len(lost)} of {of} files that the cohort names, as {uri}: {cause}"
+
+
+def unreadable(paths: Sequence[str]) -> dict[str, str]:
     """Return those of some files and folders that cannot be read from here, with the cause."""
-    tried = ((path, attempt(lambda path=path: _read(path))) for path in paths)  # type: ignore[misc]
-    return [(path, cause) for path, cause in tried if cause]
+    tried = {path: attempt(lambda path=path: _read(path)) for path in paths}  # type: ignore[misc]
+    return {path: cause for path, cause in tried.items() if cause}
 
 
 def _read(uri: str) -> None:
