@@ -5,6 +5,7 @@ What kills nodes and heads is marked `soak`: it takes minutes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 import pytest
 from head import RAY, ROOT, Head, started_head, status_of
 
-from slideflow_ray.store import tree_digest
+from slideflow_ray.repair import verify
 
 JOBS = ("tile", "score", "evaluate", "retrain", "nightly")
 
@@ -201,19 +202,19 @@ def shards(out: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory) -> Path:
-    """Two slides of a few thousand tiles, so that there is time to kill something."""
+    """Slides of a few thousand tiles, so that there is time to kill something."""
     from slideflow_ray.phantoms import write_marked_slide
 
     folder = tmp_path_factory.mktemp("larger")
-    for name, size_px0 in {"a": (4001, 3901), "b": (3901, 4001)}.items():
-        write_marked_slide(folder / f"{name}.tif", size_px0=size_px0)
-    (folder / "cohort.csv").write_text("slide_id,uri,modality\na,a.tif,tem\nb,b.tif,tem\n")
+    for i in range(4):
+        write_marked_slide(folder / f"s{i}.tif", size_px0=(4001 - i, 3901 + i))
+    (folder / "cohort.csv").write_text("slide_id,uri,modality\n" + "".join(f"s{i},s{i}.tif,tem\n" for i in range(4)))
     return folder
 
 
 @pytest.fixture(scope="module")
-def reference(larger, bundles, tmp_path_factory) -> str:
-    """The digest of the same run, undisturbed and inline."""
+def reference(larger, bundles, tmp_path_factory) -> dict[str, bytes]:
+    """The scores of the same run, undisturbed and inline."""
     folder = tmp_path_factory.mktemp("reference")
     settings = run_toml(folder, larger / "cohort.csv", bundles["aligned"], chunk_rows=32)
     with settings.open("a") as file:
@@ -222,11 +223,15 @@ def reference(larger, bundles, tmp_path_factory) -> str:
     from slideflow_ray.specs import load_run
 
     run(load_run(settings))
-    return scores_digest(folder / "out")
+    return scores(folder / "out")
 
 
-def scores_digest(out: Path) -> str:
-    return tree_digest(out)
+def check_whole(out: Path, reference: dict[str, bytes]) -> None:
+    """The scores are the same bytes, and all that was committed is as it was."""
+    assert scores(out) == reference
+    nodes, wrong = verify(out)
+    assert nodes
+    assert wrong == []
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -236,42 +241,51 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def started(head: Head, settings: Path, log: Path) -> subprocess.Popen[str]:
-    """`slideflow-ray submit` in the background."""
-    call = [sys.executable, "-m", "slideflow_ray.cli", "submit", str(settings), "--python", sys.executable]
+@contextlib.contextmanager
+def background(head: Head, log: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`slideflow-ray ARGUMENTS` in the background; it is gone with the block."""
     with log.open("w") as file:
-        return subprocess.Popen(call, env=client_env(head), stdout=file, stderr=subprocess.STDOUT, text=True)
+        call = [sys.executable, "-m", "slideflow_ray.cli", *arguments]
+        process = subprocess.Popen(call, env=client_env(head), stdout=file, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.soak
 @pytest.mark.ray
 def test_killing_a_worker_node_loses_nothing(token, larger, bundles, reference, tmp_path):
     settings = run_toml(tmp_path, larger / "cohort.csv", bundles["aligned"], chunk_rows=32)
+    log = tmp_path / "log"
     with started_head(token, cpus=1) as head:
         node = head.add_node(cpus=1)
-        job = started(head, settings, tmp_path / "log")
-        wait_for(lambda: len(shards(tmp_path / "out")) > 8)
-        assert "2 workers" in (tmp_path / "log").read_text()
-        node.end()
-        done = len(shards(tmp_path / "out"))
-        assert job.wait(timeout=400) == 0, (tmp_path / "log").read_text()
-        assert done < len(shards(tmp_path / "out"))
-    assert "'done': 2, 'failed': 0, 'refused': 0" in (tmp_path / "log").read_text()
-    assert scores_digest(tmp_path / "out") == reference
+        wait_for(lambda: command(head, "jobs", "list").returncode == 0)
+        with background(head, log, "submit", str(settings), "--python", sys.executable) as job:
+            wait_for(lambda: len(shards(tmp_path / "out")) > 8 or job.poll() is not None)
+            node.end()
+            done = len(shards(tmp_path / "out"))
+            assert job.wait(timeout=400) == 0, log.read_text()
+    assert "2 workers" in log.read_text()
+    assert 8 < done < len(shards(tmp_path / "out"))
+    assert "'done': 4, 'failed': 0, 'refused': 0" in (tmp_path / "log").read_text()
+    check_whole(tmp_path / "out", reference)
 
 
 @pytest.mark.soak
 @pytest.mark.ray
 def test_killing_the_head_and_submitting_to_a_new_one_resumes_at_the_chunk(token, larger, bundles, reference, tmp_path):
     settings = run_toml(tmp_path, larger / "cohort.csv", bundles["aligned"], chunk_rows=32)
+    log = tmp_path / "log"
     with started_head(token) as head:
-        job = started(head, settings, tmp_path / "log")
-        wait_for(lambda: len(shards(tmp_path / "out")) > 8)
-        head.end()
-        before = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "out")}
-        began = time.monotonic()
-        assert job.wait(timeout=120) == 4, (tmp_path / "log").read_text()
-        assert "has not answered for" in (tmp_path / "log").read_text()
+        with background(head, log, "submit", str(settings), "--python", sys.executable) as job:
+            wait_for(lambda: len(shards(tmp_path / "out")) > 8 or job.poll() is not None)
+            head.end()
+            before = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "out")}
+            began = time.monotonic()
+            assert job.wait(timeout=120) == 4, log.read_text()
+        assert "has not answered for" in log.read_text()
         assert time.monotonic() - began < 90
     with started_head(token) as head:
         done = submit(head, str(settings))
@@ -280,7 +294,7 @@ def test_killing_the_head_and_submitting_to_a_new_one_resumes_at_the_chunk(token
     assert {path: after[path] for path in before} == before  # none of them was scored again
     assert 8 < len(before) < len(after)
     print(f"{len(before)} chunks before the head was killed, {len(after) - len(before)} after")
-    assert scores_digest(tmp_path / "out") == reference
+    check_whole(tmp_path / "out", reference)
 
 
 @pytest.mark.soak
@@ -288,18 +302,18 @@ def test_killing_the_head_and_submitting_to_a_new_one_resumes_at_the_chunk(token
 def test_a_job_that_is_stopped_is_resumed_by_submitting_it_again(head, larger, bundles, reference, tmp_path):
     settings = run_toml(tmp_path, larger / "cohort.csv", bundles["aligned"], chunk_rows=32)
     job = submit(head, str(settings), "--detach").stdout.strip()
-    wait_for(lambda: len(shards(tmp_path / "out")) > 8)
-    call = [sys.executable, "-m", "slideflow_ray.cli", "jobs", "logs", "--follow", job]
-    with (tmp_path / "left").open("w") as file:
-        leaver = subprocess.Popen(call, env=client_env(head), stdout=file, stderr=subprocess.STDOUT)
-    wait_for(lambda: "aligned" in (tmp_path / "left").read_text())
-    leaver.send_signal(signal.SIGINT)
-    assert leaver.wait(timeout=30) == 130
-    assert f"jobs logs {job} --follow" in (tmp_path / "left").read_text()
-    assert command(head, "jobs", "status", job).stdout.startswith(f"{job}: RUNNING")
-    follower = subprocess.Popen(call, env=client_env(head))
-    assert command(head, "jobs", "stop", job).returncode == 0
-    assert follower.wait(timeout=60) == 130
+    follow = ("jobs", "logs", "--follow", job)
+    with (
+        background(head, tmp_path / "left", *follow) as leaver,
+        background(head, tmp_path / "log", *follow) as follower,
+    ):
+        wait_for(lambda: "aligned" in (tmp_path / "left").read_text())
+        leaver.send_signal(signal.SIGINT)
+        assert leaver.wait(timeout=30) == 130
+        assert f"jobs logs {job} --follow" in (tmp_path / "left").read_text()
+        assert command(head, "jobs", "status", job).stdout.startswith(f"{job}: RUNNING")
+        assert command(head, "jobs", "stop", job).returncode == 0
+        assert follower.wait(timeout=60) == 130
     assert command(head, "jobs", "status", job).stdout.startswith(f"{job}: STOPPED, exit code 130")
     before = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "out")}
     again = submit(head, str(settings))
@@ -307,7 +321,7 @@ def test_a_job_that_is_stopped_is_resumed_by_submitting_it_again(head, larger, b
     assert f"{job}-2 submitted, attempt 2: it resumes" in again.stderr
     after = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "out")}
     assert {path: after[path] for path in before} == before
-    assert scores_digest(tmp_path / "out") == reference
+    check_whole(tmp_path / "out", reference)
     listed = json.loads(command(head, "jobs", "list", "--json").stdout)
     mine = {found["job"]: found["status"] for found in listed if found["job"].startswith(job)}
     assert mine == {job: "STOPPED", f"{job}-2": "SUCCEEDED"}

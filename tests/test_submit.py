@@ -469,6 +469,15 @@ def test_a_node_that_does_not_share_the_output_folder_is_named(told, monkeypatch
     assert line.startswith(f"node does not see what another node writes to {told['out']}")
 
 
+def test_one_node_of_each_other_machine_is_tried():
+    nodes = [{"NodeManagerHostname": f"m{i // 2:02}", "NodeID": f"n{i}"} for i in range(60)]
+    found = probe._others(nodes, own="m01")
+    assert len(found) == probe.NODES - 1
+    assert found["m00"] in ("n0", "n1")
+    assert "m01" not in found
+    assert probe._others(nodes[:2], own="m00") == {}
+
+
 def test_a_cohort_on_the_clusters_side_is_read_there(told, tmp_path):
     (tmp_path / "cohort.csv").write_text("slide_id,uri\nx,/not/there.svs\n")
     (line,) = probe.look(told | {"cohorts": [str(tmp_path / "cohort.csv")], "uris": []})[0]

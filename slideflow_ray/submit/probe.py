@@ -22,7 +22,7 @@ from typing import Any
 
 TOLD = "job.json"
 NODES = 16
-"""So many nodes are tried; a cluster's nodes are alike."""
+"""So many machines are tried; a cluster's are alike."""
 NODE_S = 60.0
 """How long a node may take to try."""
 SAMPLE = 20
@@ -123,7 +123,7 @@ def look(told: dict[str, Any]) -> tuple[list[str], str]:
             say(f"preflight: {_few(node, lost, len(uris))}; the others go on.")
         elif lost:
             wrong.append(f"{_few(node, lost, len(uris))}. {NEXT_READ}")
-    seen = f"{len(found)} node{'s' * (len(found) > 1)}"
+    seen = f"{len(found)} machine{'s' * (len(found) > 1)}"
     files = len(told["read"]) + len(uris)
     return wrong, f"looked at {files} files, folders and bundles, and wrote {out}, on {seen}"
 
@@ -156,16 +156,15 @@ def everywhere(paths: Sequence[str]) -> dict[str, dict[str, str]]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     here = ray.get_runtime_context().get_node_id()
-    nodes = [node for node in ray.nodes() if node["Alive"]][:NODES]  # type: ignore[no-untyped-call]
-    names = {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in nodes}
+    own = next((node["NodeManagerHostname"] for node in nodes if node["NodeID"] == here), "the head")
     task = ray.remote(num_cpus=0, max_retries=0)(unreadable)
     asked = {}
-    for node in names:
-        if node != here:
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            asked[task.options(scheduling_strategy=there).remote(list(paths))] = f"{names[node]} {node[:6]}"
-    found = {names.get(here, "the head"): unreadable(paths)}  # without a worker, which takes seconds to start
+    for name, node in _others(nodes, own).items():
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        asked[task.options(scheduling_strategy=there).remote(list(paths))] = name
+    found = {own: unreadable(paths)}  # without a worker, which takes seconds to start
     ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_S) if asked else ([], [])
     found |= {asked[ref]: {"": f"no answer in {NODE_S:g} s"} for ref in late}
     for ref in ready:
@@ -174,6 +173,16 @@ def everywhere(paths: Sequence[str]) -> dict[str, dict[str, str]]:
         except ray.exceptions.RayError as error:
             found[asked[ref]] = {"": _first(error)}
     return found
+
+
+def _others(nodes: Sequence[dict[str, Any]], own: str) -> dict[str, str]:
+    """A node of each machine but our own, by its name.
+
+    Nodes of one machine see the same files, and share the folder that holds this job: Ray deletes it when the last
+    worker of any of them has ended.
+    """
+    found = {node["NodeManagerHostname"]: node["NodeID"] for node in nodes}
+    return {name: found[name] for name in sorted(found)[:NODES] if name != own}
 
 
 def _said(node: str, path: str, cause: str, mark: Path) -> str:
