@@ -57,11 +57,14 @@ class Head:
     nodes: list[Node] = field(default_factory=list)
 
     def add_node(self, cpus: int = 1) -> Node:
-        """Join a further node with `cpus` cores."""
+        """Join a further node with `cpus` cores.
+
+        Its folder is its own: nodes that share one delete each other's copies of what a job has sent.
+        """
         command = [RAY, "start", "--block", f"--address={self.gcs}", f"--num-cpus={cpus}", "--disable-usage-stats"]
         command += ["--node-ip-address=127.0.0.1", f"--object-store-memory={OBJECTS_BYTES}"]
         (agent,) = free_ports(1)
-        command += [f"--dashboard-agent-listen-port={agent}"]
+        command += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={self.folder}/n{len(self.nodes)}"]
         node = _started(command, self.env, self.folder / f"node-{len(self.nodes)}.log")
         self.nodes.append(node)
         return node

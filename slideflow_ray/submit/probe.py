@@ -176,11 +176,7 @@ def everywhere(paths: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def _others(nodes: Sequence[dict[str, Any]], own: str) -> dict[str, str]:
-    """A node of each machine but our own, by its name.
-
-    Nodes of one machine see the same files, and share the folder that holds this job: Ray deletes it when the last
-    worker of any of them has ended.
-    """
+    """A node of each machine but our own, by its name; nodes of one machine see the same files."""
     found = {node["NodeManagerHostname"]: node["NodeID"] for node in nodes}
     return {name: found[name] for name in sorted(found)[:NODES] if name != own}
 
