@@ -1,38 +1,53 @@
 """Score a cohort on a Ray cluster, then evaluate it and write the report.
 
+    ray job submit --working-dir . -- python jobs/score.py run.toml
     ray job submit --working-dir . -- python jobs/score.py --cohort COHORT.csv --model BUNDLE --out OUT
 
-The same line without ``ray job submit --working-dir . --`` works alone. Paths are those
-that the cluster's nodes see. Run it again to resume.
+The same lines without ``ray job submit --working-dir . --`` work alone, and ``main(["run.toml"])`` in a notebook.
+Paths are those that the cluster's nodes see. Run it again to resume.
+
+Exit codes: 0 all done, 2 configuration, 3 finished with failures, 4 infrastructure (run again).
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from slideflow_ray.evaluate import evaluate
+from slideflow_ray.exits import EXIT_FAILURES, ending
 from slideflow_ray.progress import to_stderr
 from slideflow_ray.report import write_report
 from slideflow_ray.run import run
-from slideflow_ray.specs import RunSpec
+from slideflow_ray.specs import given_run, on_ray
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cohort", required=True)
-    parser.add_argument("--model", action="append", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--workers", type=int, default=0)
-    given = parser.parse_args()
-    spec = {
-        "cohort": given.cohort,
-        "out": given.out,
-        "model": [{"path": path} for path in given.model],
-        "executor": {"kind": "ray", "workers": given.workers},
-    }
-    result = run(RunSpec.parse(spec, "arguments"), listen=to_stderr())
-    print(evaluate(given.out).summary())
-    print(f"counts {result.counts}; report {write_report(given.out)}")
-    return 0 if result.counts["done"] == len(result.ended) else 3
+def parser() -> argparse.ArgumentParser:
+    """What it is told."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("settings", nargs="?", help="run.toml; or give --cohort, --model and --out")
+    found.add_argument("--cohort", help="cohort.csv")
+    found.add_argument("--model", "-m", action="append", help="bundle; may be repeated")
+    found.add_argument("--out", "-o", help="output folder, or s3://")
+    found.add_argument("--workers", type=int, default=0, help="0: one for each core or GPU")
+    found.add_argument("--retry", action="store_true", help="try refused slides again")
+    return found
+
+
+def score(given: argparse.Namespace) -> int:
+    spec = on_ray(given_run(given.settings, given.cohort, given.model or (), given.out), given.workers)
+    result = run(spec, listen=to_stderr(), retry=given.retry)
+    if result.counts["done"]:
+        print(evaluate(spec.out).summary())
+        print(f"report {write_report(spec.out)}")
+    print(f"counts {result.counts}")
+    return 0 if result.counts["done"] == len(result.ended) else EXIT_FAILURES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
+    return ending(lambda: score(given))
 
 
 if __name__ == "__main__":

@@ -197,6 +197,23 @@ def _run(spec: RunSpec, items: Sequence[Item] | None, listen: Listener, retry: b
     return result
 
 
+def tiles_only(spec: RunSpec) -> RunSpec:
+    """Return the run that stores the tiles which `spec` would score, and those of its [[tile]], and scores none.
+
+    Raises ConfigError for models of whole images or objects or of some slides only, and where no tiles are kept.
+    """
+    spec = resolved(spec)
+    wanted = [(card.name, tile_spec(spec, model, card)) for model, card, _ in load_models(spec)]
+    if other := [name for name, tile in wanted if not isinstance(tile, TileSpec)]:
+        raise ConfigError(f"{', '.join(other)} sees whole images or objects, which have no tiles to store beforehand.")
+    if any(model.where for model in spec.model):
+        raise ConfigError("A [[model]] has `where`; tiles are stored for every slide of the cohort, or for none.")
+    if spec.store.tiles != "lossless":
+        raise ConfigError(f'store.tiles = "{spec.store.tiles}" keeps no tiles, so there is nothing to do.')
+    tiles = [*spec.tile, *(tile for _, tile in wanted if isinstance(tile, TileSpec))]
+    return spec.model_copy(update={"model": (), "tile": tuple(dict.fromkeys(tiles))})
+
+
 def _forget_identities(out: Path) -> None:
     for note in [out / ".cache" / "identities.json", *(out / ".cache" / "identity").glob("*.json")]:
         note.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -332,3 +332,25 @@ def relative_to(folder: str | Path, uri: str) -> str:
     if "://" in uri or Path(uri).is_absolute():
         return uri
     return f"{folder}/{uri}" if "://" in str(folder) else str(Path(folder) / uri)
+
+
+def given_run(settings: str | None, cohort: str | None, models: Sequence[str], out: str | None) -> RunSpec:
+    """Return what a job script was told: run.toml, or a cohort, bundles and an output folder. Raises ConfigError."""
+    said = [name for name, value in (("cohort", cohort), ("model", models), ("out", out)) if value]
+    if settings:
+        if said:
+            beside = ", ".join(f"--{name}" for name in said)
+            raise ConfigError(f"{settings} says everything; {beside} beside it would be ignored.")
+        return load_run(Path(settings))
+    if len(said) < 3:
+        raise ConfigError("Give run.toml, or --cohort, --model and --out.")
+    here = Path.cwd()
+    places = {"cohort": relative_to(here, str(cohort)), "out": relative_to(here, str(out))}
+    return RunSpec.parse({**places, "model": [{"path": relative_to(here, path)} for path in models]}, "arguments")
+
+
+def on_ray(spec: RunSpec, workers: int = 0) -> RunSpec:
+    """Return the run worked off by Ray, unless its settings name an executor; `workers` = 0 leaves their number."""
+    named = "kind" in spec.executor.model_fields_set
+    update = ({} if named else {"kind": "ray"}) | ({"workers": workers} if workers else {})
+    return spec.model_copy(update={"executor": spec.executor.model_copy(update=update)})

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "slideflow_ray"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    ["errors", "events", "geometry", "specs", "texts", "uris"],
+    ["errors", "exits", "events", "geometry", "specs", "texts", "uris"],
     ["website", "observe"],
     ["bucket"],
     ["storage"],
@@ -55,8 +55,8 @@ APART = {"phantoms", "testing"}
 
 HEAVY = {
     "ray": {
-        *("execute/on_ray.py", "execute/cluster.py", "execute/actors.py"),
-        *("aggregate.py", "observe.py", "train/on_ray.py", "train/job.py", "train/choose.py"),
+        *("execute/on_ray.py", "execute/cluster.py", "execute/actors.py", "aggregate.py", "observe.py"),
+        *("train/on_ray.py", "train/job.py", "train/choose.py", "submit/follow.py", "submit/probe.py"),
     },
     "dask": {"aggregate.py"},
     "tiffslide": {"slides/tiff.py"},

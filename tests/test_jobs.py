@@ -1,120 +1,398 @@
-"""jobs/: submitted for real, to a head that the test starts with token authentication."""
+"""jobs/ and `slideflow-ray submit`, for real: heads that the tests start with token authentication (tests/head.py).
+
+What kills nodes and heads is marked `soak`: it takes minutes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
+import runpy
 import shutil
-import socket
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
+from head import RAY, ROOT, Head, started_head, status_of
 
-ROOT = Path(__file__).resolve().parent.parent
-RAY = Path(sys.executable).with_name("ray")
+from slideflow_ray.repair import verify
 
-
-def free_ports(n: int) -> list[int]:
-    """Ports that are free now, outside Ray's range of worker ports (10002 to 19999)."""
-    sockets = [socket.socket() for _ in range(n)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
+JOBS = ("tile", "score", "evaluate", "retrain", "nightly")
 
 
 @pytest.fixture(scope="module")
-def head(ray_env) -> Iterator[str]:
-    """A head of this test alone on 127.0.0.1; the address of its job server."""
-    folder = Path(tempfile.mkdtemp(prefix="sfr-", dir="/tmp"))  # short: Ray puts sockets below it
-    gcs, dashboard, agent, client = free_ports(4)
-    command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=2"]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-    command += ["--object-store-memory=200000000", "--disable-usage-stats", "--include-dashboard=true"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **ray_env}, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        address = f"http://127.0.0.1:{dashboard}"
-        wait_until_up(address, Path(ray_env["RAY_AUTH_TOKEN_PATH"]).read_text(), process, folder / "log")
-        yield address
-    finally:
-        end(process)
-        shutil.rmtree(folder, ignore_errors=True)
+def token(ray_env) -> Path:
+    return Path(ray_env["RAY_AUTH_TOKEN_PATH"])
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and everything it started, by recorded process ids: never `ray stop`."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.kill()
-    process.wait(timeout=20)
-    psutil.wait_procs(family, timeout=20)
+@pytest.fixture(scope="module")
+def head(token) -> Iterator[Head]:
+    """One head for this file."""
+    with started_head(token) as found:
+        yield found
 
 
-def status_of(url: str, token: str = "") -> int:
-    """The HTTP status of a GET; 0 while nobody listens."""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        error.close()
-        return error.code
-    except (urllib.error.URLError, ConnectionError):
-        return 0
+def client_env(head: Head, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, **head.env, "RAY_API_SERVER_ADDRESS": head.address, **more}
 
 
-def wait_until_up(address: str, token: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while status_of(f"{address}/api/jobs/", token) != 200:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.5)
+def command(head: Head, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """`slideflow-ray ARGUMENTS` on a machine that knows the head's address and token."""
+    call = [sys.executable, "-m", "slideflow_ray.cli", *arguments]
+    return subprocess.run(call, env=client_env(head, **more), capture_output=True, text=True, timeout=400)
 
 
-def submit(head: str, ray_env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "jobs", Path(folder) / "jobs")
-        command = [str(RAY), "job", "submit", "--address", head, "--working-dir", folder, "--", *arguments]
-        env = {**os.environ, **ray_env}
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+def submit(head: Head, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return command(head, "submit", *arguments, "--python", sys.executable, **more)
+
+
+def run_toml(folder: Path, cohort: Path, bundle: Path, chunk_rows: int = 0) -> Path:
+    """A user's folder: run.toml, the cohort and a bundle beside it; results go to folder/out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        line.replace(",", f",{cohort.parent}/", 1) if i else line
+        for i, line in enumerate(cohort.read_text().splitlines())
+    ]
+    (folder / "cohort.csv").write_text("\n".join(lines) + "\n")
+    shutil.copytree(bundle, folder / "bundle", dirs_exist_ok=True)
+    text = f'cohort = "cohort.csv"\nout = "{folder}/out"\nstore = {{ chunk_rows = {chunk_rows} }}\n'
+    (folder / "run.toml").write_text(text + '[[model]]\npath = "bundle"\n')
+    return folder / "run.toml"
+
+
+# the scripts by themselves
+
+
+def main_of(name: str) -> Callable[[list[str]], int]:
+    found: Callable[[list[str]], int] = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))["main"]
+    return found
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_says_how_it_is_submitted_and_how_it_ends(name):
+    text = (ROOT / "jobs" / f"{name}.py").read_text()
+    assert f"    ray job submit --working-dir . -- python jobs/{name}.py " in text
+    assert "Exit codes: 0" in text
+    assert main_of(name)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_that_cannot_begin_ends_with_2(name, tmp_path, capfd):
+    assert main_of(name)([str(tmp_path / "there-is-none.toml")]) == 2
+    assert capfd.readouterr().err.startswith("E_CONFIG: ")
+
+
+def test_jobs_in_a_notebook(marked, bundles, tmp_path, capsys):
+    settings = run_toml(tmp_path / "a", marked / "with_a_bad_one.csv", bundles["aligned"])
+    with settings.open("a") as file:
+        file.write('[executor]\nkind = "inline"\n')
+    assert main_of("tile")([str(settings)]) == 3  # one of them is no slide
+    assert "'done': 3, 'failed': 0, 'refused': 1" in capsys.readouterr().out
+    tiles = ages(tmp_path / "a" / "out", "tiles")
+    assert tiles
+    assert main_of("score")([str(settings)]) == 3
+    assert ages(tmp_path / "a" / "out", "tiles") == tiles  # what was stored was read, and nothing laid anew
+    assert main_of("evaluate")([str(tmp_path / "a" / "out"), "--rule", "f1"]) == 0
+    assert (tmp_path / "a" / "out" / "report.html").exists()
+
+
+# a real head
+
+
+@pytest.mark.ray
+def test_a_head_with_a_token_turns_away_who_has_none(head, token, marked, bundles, tmp_path):
+    url = f"{head.address}/api/jobs/"
+    assert [status_of(url), status_of(url, "0" * 64), status_of(url, token.read_text())] == [401, 403, 200]
+    settings = run_toml(tmp_path, marked / "cohort.csv", bundles["aligned"])
+    (tmp_path / "wrong").write_text("0" * 64)
+    (tmp_path / "wrong").chmod(0o600)
+    began = time.monotonic()
+    wrong = submit(head, str(settings), RAY_AUTH_TOKEN_PATH=str(tmp_path / "wrong"))
+    none = submit(head, str(settings), RAY_AUTH_TOKEN_PATH="", HOME=str(tmp_path))
+    assert time.monotonic() - began < 20
+    assert (wrong.returncode, none.returncode) == (2, 2)
+    assert re.fullmatch(r"E_CONFIG: .* refuses the token \(HTTP 403\)\. Next: .*\n", wrong.stderr)
+    assert re.fullmatch(r"E_CONFIG: .* asks for a token, and none is configured\. Next: .*\n", none.stderr)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_score_runs_under_ray_job_submit(head, ray_env, marked, bundles, tmp_path):
-    out = tmp_path / "out"
-    job = [sys.executable, "jobs/score.py", "--cohort", str(marked / "cohort.csv")]
-    job += ["--model", str(bundles["aligned"]), "--out", str(out), "--workers", "2"]
-    done = submit(head, ray_env, *job)
+def test_the_same_cohort_by_ray_job_submit_and_by_our_own(head, marked, bundles, tmp_path):
+    """Both at a time, since each waits for processes to start most of the while."""
+    places = [
+        "--cohort",
+        str(marked / "cohort.csv"),
+        "--model",
+        str(bundles["aligned"]),
+        "--out",
+        str(tmp_path / "plain"),
+    ]
+    plain = subprocess.Popen(
+        ray_job_submit(head, "jobs/score.py", *places, "--workers", "1"),
+        env=client_env(head),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    settings = run_toml(tmp_path / "ours", marked / "cohort.csv", bundles["aligned"])
+    done = submit(head, str(settings))
+    said = plain.communicate(timeout=240)[0]
+    assert plain.returncode == 0, said
+    assert "'done': 3" in said
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "preflight: " in done.stdout
     assert "'done': 3" in done.stdout
-    record = json.loads((out / "run.json").read_text())
-    assert record["spec"]["executor"]["kind"] == "ray"
-    assert record["counts"] == {"done": 3, "failed": 0, "refused": 0}
-    assert (out / "report.html").exists()
+    for out in (tmp_path / "plain", tmp_path / "ours" / "out"):
+        record = json.loads((out / "run.json").read_text())
+        assert record["spec"]["executor"]["kind"] == "ray"
+        assert record["counts"] == {"done": 3, "failed": 0, "refused": 0}
+        assert (out / "report.html").exists()
+    assert scores(tmp_path / "plain") == scores(tmp_path / "ours" / "out")
+
+    (job,) = re.findall(r"(sfr-score-\w+) submitted", done.stderr)
+    fetched = command(head, "jobs", "report", job, "--to", str(tmp_path / "fetched.html"))
+    assert fetched.returncode == 0, fetched.stderr
+    assert (tmp_path / "fetched.html").read_bytes() == (tmp_path / "ours" / "out" / "report.html").read_bytes()
+    again = submit(head, str(settings))
+    assert (again.returncode, again.stdout) == (0, "")
+    assert f"{job} has finished already" in again.stderr
 
 
+def ray_job_submit(head: Head, *arguments: str) -> list[str]:
+    """`ray job submit --working-dir . -- python ...` as the docstrings say it; `.` is the checkout."""
+    options = [
+        "--address",
+        head.address,
+        "--working-dir",
+        ".",
+        "--runtime-env-json",
+        json.dumps({"excludes": [".git"]}),
+    ]
+    return [str(RAY), "job", "submit", *options, "--", sys.executable, *arguments]
+
+
+def scores(out: Path) -> dict[str, bytes]:
+    """Every shard of scores, by slide, grid and model."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in shards(out)}
+
+
+def ages(out: Path, node: str) -> dict[Path, int]:
+    """When each file with rows of a node (tiles, scores) was written."""
+    found = (path for path in (out / "slides").rglob("*") if f"/{node}/" in str(path) and "/c/" in str(path))
+    return {path: path.stat().st_mtime_ns for path in found if path.is_file()}
+
+
+def shards(out: Path) -> list[Path]:
+    """Files that hold scored chunks, those half written left out."""
+    found = (out / "slides").glob("*/scores/*/*/c/**/*")
+    return sorted(path for path in found if path.is_file() and not path.name.endswith(".partial"))
+
+
+# the rest takes minutes: make soak
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory) -> Path:
+    """Slides of a few thousand tiles, so that there is time to kill something."""
+    from slideflow_ray.phantoms import write_marked_slide
+
+    folder = tmp_path_factory.mktemp("larger")
+    for i in range(4):
+        write_marked_slide(folder / f"s{i}.tif", size_px0=(4001 - i, 3901 + i))
+    (folder / "cohort.csv").write_text("slide_id,uri,modality\n" + "".join(f"s{i},s{i}.tif,tem\n" for i in range(4)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(larger, bundles, tmp_path_factory) -> dict[str, bytes]:
+    """The scores of the same run, undisturbed and inline."""
+    folder = tmp_path_factory.mktemp("reference")
+    settings = run_toml(folder, larger / "cohort.csv", bundles["aligned"], chunk_rows=32)
+    with settings.open("a") as file:
+        file.write('[executor]\nkind = "inline"\n')
+    from slideflow_ray.run import run
+    from slideflow_ray.specs import load_run
+
+    run(load_run(settings))
+    return scores(folder / "out")
+
+
+def check_whole(out: Path, reference: dict[str, bytes]) -> None:
+    """The scores are the same bytes, and all that was committed is as it was."""
+    assert scores(out) == reference
+    nodes, wrong = verify(out)
+    assert nodes
+    assert wrong == []
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def background(head: Head, log: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`slideflow-ray ARGUMENTS` in the background; it is gone with the block."""
+    with log.open("w") as file:
+        call = [sys.executable, "-m", "slideflow_ray.cli", *arguments]
+        process = subprocess.Popen(call, env=client_env(head), stdout=file, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.soak
 @pytest.mark.ray
-def test_a_head_with_a_token_turns_away_who_has_none(head, ray_env):
-    url = f"{head}/api/jobs/"
-    assert status_of(url) in (401, 403)
-    assert status_of(url, "0" * 64) in (401, 403)
-    assert status_of(url, Path(ray_env["RAY_AUTH_TOKEN_PATH"]).read_text()) == 200
+def test_killing_a_worker_node_loses_nothing(token, larger, bundles, reference, tmp_path):
+    settings = run_toml(tmp_path, larger / "cohort.csv", bundles["aligned"], chunk_rows=32)
+    log = tmp_path / "log"
+    with started_head(token, cpus=1) as head:
+        node = head.add_node(cpus=1)
+        wait_for(lambda: command(head, "jobs", "list").returncode == 0)
+        with background(head, log, "submit", str(settings), "--python", sys.executable) as job:
+            wait_for(lambda: len(shards(tmp_path / "out")) > 8 or job.poll() is not None)
+            node.end()
+            done = len(shards(tmp_path / "out"))
+            assert job.wait(timeout=400) == 0, log.read_text()
+    assert "2 workers" in log.read_text()
+    assert 8 < done < len(shards(tmp_path / "out"))
+    assert "'done': 4, 'failed': 0, 'refused': 0" in (tmp_path / "log").read_text()
+    check_whole(tmp_path / "out", reference)
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_killing_the_head_and_submitting_to_a_new_one_resumes_at_the_chunk(token, larger, bundles, reference, tmp_path):
+    settings = run_toml(tmp_path, larger / "cohort.csv", bundles["aligned"], chunk_rows=32)
+    log = tmp_path / "log"
+    with started_head(token) as head:
+        with background(head, log, "submit", str(settings), "--python", sys.executable) as job:
+            wait_for(lambda: len(shards(tmp_path / "out")) > 8 or job.poll() is not None)
+            head.end()
+            before = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "out")}
+            began = time.monotonic()
+            assert job.wait(timeout=120) == 4, log.read_text()
+        assert "has not answered for" in log.read_text()
+        assert time.monotonic() - began < 90
+    with started_head(token) as head:
+        done = submit(head, str(settings))
+        assert done.returncode == 0, done.stdout + done.stderr
+    after = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "out")}
+    assert {path: after[path] for path in before} == before  # none of them was scored again
+    assert 8 < len(before) < len(after)
+    print(f"{len(before)} chunks before the head was killed, {len(after) - len(before)} after")
+    check_whole(tmp_path / "out", reference)
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_a_job_that_is_stopped_is_resumed_by_submitting_it_again(head, larger, bundles, reference, tmp_path):
+    settings = run_toml(tmp_path, larger / "cohort.csv", bundles["aligned"], chunk_rows=32)
+    job = submit(head, str(settings), "--detach").stdout.strip()
+    follow = ("jobs", "logs", "--follow", job)
+    with (
+        background(head, tmp_path / "left", *follow) as leaver,
+        background(head, tmp_path / "log", *follow) as follower,
+    ):
+        wait_for(lambda: "aligned" in (tmp_path / "left").read_text())
+        leaver.send_signal(signal.SIGINT)
+        assert leaver.wait(timeout=30) == 130
+        assert f"jobs logs {job} --follow" in (tmp_path / "left").read_text()
+        assert command(head, "jobs", "status", job).stdout.startswith(f"{job}: RUNNING")
+        assert command(head, "jobs", "stop", job).returncode == 0
+        assert follower.wait(timeout=60) == 130
+    assert command(head, "jobs", "status", job).stdout.startswith(f"{job}: STOPPED, exit code 130")
+    before = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "out")}
+    again = submit(head, str(settings))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{job}-2 submitted, attempt 2: it resumes" in again.stderr
+    after = {path: path.stat().st_mtime_ns for path in shards(tmp_path / "out")}
+    assert {path: after[path] for path in before} == before
+    check_whole(tmp_path / "out", reference)
+    listed = json.loads(command(head, "jobs", "list", "--json").stdout)
+    mine = {found["job"]: found["status"] for found in listed if found["job"].startswith(job)}
+    assert mine == {job: "STOPPED", f"{job}-2": "SUCCEEDED"}
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_what_the_cluster_cannot_see_is_said_before_anything_is_scored(head, marked, bundles, tmp_path):
+    settings = run_toml(tmp_path, marked / "cohort.csv", bundles["aligned"])
+    text = (tmp_path / "cohort.csv").read_text()
+    (tmp_path / "cohort.csv").write_text(re.sub(r"[bc]\.tif", "not-there.tif", text))
+    done = submit(head, str(settings))
+    assert done.returncode == 2
+    (line,) = [line for line in done.stdout.splitlines() if "E_CONFIG" in line]
+    assert "not-there.tif: No such file or directory. Next: " in line
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_a_run_with_failures_ends_with_3_and_is_tried_again(head, marked, bundles, tmp_path):
+    settings = run_toml(tmp_path, marked / "with_a_bad_one.csv", bundles["aligned"])
+    assert submit(head, str(settings)).returncode == 3
+    again = submit(head, str(settings))
+    assert again.returncode == 3
+    assert "attempt 2: it resumes" in again.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_an_open_cluster_is_refused_unless_told(marked, bundles, tmp_path, token):
+    settings = run_toml(tmp_path, marked / "cohort.csv", bundles["aligned"])
+    with started_head(None) as head:
+        refused = submit(head, str(settings), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+        assert refused.returncode == 2
+        assert re.fullmatch(r"E_CONFIG: .* it has no authentication\. Next: .*\n", refused.stderr)
+        told = submit(head, str(settings), "--allow-open")
+        assert told.returncode == 0, told.stdout + told.stderr
+        assert "WITHOUT authentication" in told.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_slides_and_results_in_a_bucket_that_the_laptop_does_not_see(token, marked, bundles, tmp_path):
+    from object_store import BUCKET, object_store
+
+    with object_store() as (url, _):
+        there = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+        there |= {"AWS_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true", "SLIDEFLOW_RAY_CACHE": str(tmp_path / "cache")}
+        for name in "abc":
+            put(f"{url}/{BUCKET}/slides/{name}.tif", (marked / f"{name}.tif").read_bytes())
+        shutil.copytree(bundles["aligned"], tmp_path / "aligned")
+        (tmp_path / "cohort.csv").write_text("slide_id,uri,modality\na,a.tif,tem\nb,b.tif,tem\nc,c.tif,tem\n")
+        profile = f'[lab]\naddress = "http://127.0.0.1:1"\nout = "s3://{BUCKET}"\nslides = "s3://{BUCKET}/slides"\n'
+        (tmp_path / "profiles.toml").write_text(profile)
+        with started_head(token, **there) as head:
+            call = [sys.executable, "-m", "slideflow_ray.cli", "submit", "--cohort", "cohort.csv", "--model", "aligned"]
+            call += ["--out", "run", "--profile", "lab@profiles.toml", "--address", head.address]
+            env = client_env(head)
+            done = subprocess.run(
+                [*call, "--python", sys.executable], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "'done': 3" in done.stdout
+            (job,) = re.findall(r"(sfr-score-\w+) submitted", done.stderr)
+            fetched = command(head, "jobs", "report", job, "--to", str(tmp_path / "report.html"))
+            assert fetched.returncode == 0, fetched.stderr
+        with urllib.request.urlopen(f"{url}/{BUCKET}/run/report.html") as answer:
+            assert (tmp_path / "report.html").read_bytes() == answer.read()
+
+
+def put(url: str, data: bytes) -> None:
+    with urllib.request.urlopen(urllib.request.Request(url, data, method="PUT")):
+        pass

@@ -28,6 +28,7 @@ def test_the_wheel_holds_the_package_its_template_and_its_script(wheel):
     assert package <= set(names)
     assert "slideflow_ray/templates/report.html.j2" in names
     assert "slideflow_ray/py.typed" in names
+    assert {f"slideflow_ray/jobs/{p.name}" for p in (ROOT / "jobs").glob("*.py")} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "jobs", "benchmarks"))]
     (script,) = [name for name in names if name.endswith("entry_points.txt")]
     assert "slideflow-ray = slideflow_ray.cli:main" in zipfile.ZipFile(wheel).read(script).decode()

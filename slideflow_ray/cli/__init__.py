@@ -8,27 +8,12 @@ failures, 4 infrastructure (run again to resume), 5 verification mismatch, 6 dri
 
 from __future__ import annotations
 
-import errno
 import sys
-import traceback
-from typing import NoReturn
 
 import typer
 
-from slideflow_ray.cli import answers, bundles, cohorts, scoring, tools, training
-from slideflow_ray.cli.common import (
-    EXIT_BUG,
-    EXIT_CONFIG,
-    EXIT_FAILURES,
-    EXIT_INFRA,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    EXIT_VERIFY,
-)
-from slideflow_ray.errors import ConfigError, CorruptStore, InfrastructureError, SlideflowError
-
-SURROUNDINGS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
-"""What a folder or a disk may answer, whoever asks."""
+from slideflow_ray.cli import answers, bundles, clusters, cohorts, scoring, tools, training
+from slideflow_ray.exits import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_OK, ending
 
 app = typer.Typer(
     name="slideflow-ray",
@@ -39,42 +24,26 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _group in (cohorts, scoring, answers, training, bundles, tools):  # in this order in --help
+for _group in (cohorts, scoring, clusters, answers, training, bundles, tools):  # in this order in --help
     app.add_typer(_group.commands)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with one of the documented codes."""
+    sys.exit(ending(lambda: _called(arguments)))
+
+
+def _called(arguments: list[str] | None) -> int:
     try:
-        _leave(app(arguments, standalone_mode=False) or EXIT_OK)
-    except SlideflowError as error:
-        typer.echo(str(error), err=True)
-        sys.exit(_code(error))
+        return int(app(arguments, standalone_mode=False) or EXIT_OK)
     except typer.Exit as end:
-        _leave(end.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _leave(EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001 - whatever nobody planned for ends with its own code
+        if end.exit_code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt from end
+        return end.exit_code
+    except typer.Abort as end:
+        raise KeyboardInterrupt from end
+    except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # the command line's own usage errors
             error.show()
-            sys.exit(EXIT_CONFIG)
-        if isinstance(error, OSError) and error.errno in SURROUNDINGS:
-            typer.echo(f"E_INFRA: {error}. Next: look at that folder or disk, then run the same again.", err=True)
-            sys.exit(EXIT_INFRA)
-        traceback.print_exc()
-        typer.echo("E_BUG: this should not happen. Next: please report it with the lines above.", err=True)
-        sys.exit(EXIT_BUG)
-
-
-def _leave(code: int) -> NoReturn:
-    if code == EXIT_INTERRUPTED:
-        typer.echo("Interrupted; run the same command again to resume.", err=True)
-    sys.exit(code)
-
-
-def _code(error: SlideflowError) -> int:
-    if isinstance(error, CorruptStore):
-        return EXIT_VERIFY
-    if isinstance(error, InfrastructureError):
-        return EXIT_INFRA
-    return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILURES
+            return EXIT_CONFIG
+        raise

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slideflow_ray.cli.common import EXIT_FAILURES, ExecutorName, Json, Out, PrecisionName, SplitName
+from slideflow_ray.cli.common import ExecutorName, Json, Out, PrecisionName, SplitName
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.exits import EXIT_FAILURES
 
 if TYPE_CHECKING:
     from slideflow_ray.compare import Settings as CompareSettings

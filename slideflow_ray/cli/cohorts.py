@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from slideflow_ray.cli.common import EXIT_FAILURES, Json
+from slideflow_ray.cli.common import Json
+from slideflow_ray.exits import EXIT_FAILURES
 
 commands = typer.Typer()
 

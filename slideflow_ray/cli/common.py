@@ -10,9 +10,6 @@ import typer
 
 from slideflow_ray.storage import place
 
-EXIT_OK, EXIT_CONFIG, EXIT_FAILURES, EXIT_INFRA, EXIT_VERIFY, EXIT_DRIFT = 0, 2, 3, 4, 5, 6
-EXIT_BUG, EXIT_INTERRUPTED = 70, 130
-
 
 class ExecutorName(StrEnum):
     """Where a run is worked off."""

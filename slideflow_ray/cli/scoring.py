@@ -9,18 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slideflow_ray.cli.common import (
-    EXIT_DRIFT,
-    EXIT_FAILURES,
-    DaskName,
-    ExecutorName,
-    Json,
-    Out,
-    OutArgument,
-    PrecisionName,
-    TilesName,
-)
+from slideflow_ray.cli.common import DaskName, ExecutorName, Json, Out, OutArgument, PrecisionName, TilesName
 from slideflow_ray.errors import ConfigError, CorruptStore
+from slideflow_ray.exits import EXIT_DRIFT, EXIT_FAILURES
 from slideflow_ray.observe import grouped
 from slideflow_ray.storage import place
 

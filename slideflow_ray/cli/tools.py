@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from slideflow_ray.cli.common import EXIT_VERIFY, ExecutorName, Json
+from slideflow_ray.cli.common import ExecutorName, Json
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.exits import EXIT_VERIFY
 
 commands = typer.Typer()
 

@@ -1,0 +1,50 @@
+"""Store the tiles of a cohort on a Ray cluster, without scoring them: those that bundles want, and those of [[tile]].
+
+    ray job submit --working-dir . -- python jobs/tile.py run.toml
+    ray job submit --working-dir . -- python jobs/tile.py --cohort COHORT.csv --model BUNDLE --out OUT
+
+The same lines without ``ray job submit --working-dir . --`` work alone, and ``main(["run.toml"])`` in a notebook.
+Paths are those that the cluster's nodes see. Run it again to resume; jobs/score.py with the same run.toml then reads
+the tiles that are stored.
+
+Exit codes: 0 all done, 2 configuration, 3 finished with failures, 4 infrastructure (run again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from slideflow_ray.exits import EXIT_FAILURES, ending
+from slideflow_ray.progress import to_stderr
+from slideflow_ray.run import run, tiles_only
+from slideflow_ray.specs import given_run, on_ray
+
+
+def parser() -> argparse.ArgumentParser:
+    """What it is told."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("settings", nargs="?", help="run.toml; or give --cohort, --model and --out")
+    found.add_argument("--cohort", help="cohort.csv")
+    found.add_argument("--model", "-m", action="append", help="bundle whose tiles are wanted; may be repeated")
+    found.add_argument("--out", "-o", help="output folder, or s3://")
+    found.add_argument("--workers", type=int, default=0, help="0: one for each core")
+    found.add_argument("--retry", action="store_true", help="try refused slides again")
+    return found
+
+
+def tile(given: argparse.Namespace) -> int:
+    spec = on_ray(given_run(given.settings, given.cohort, given.model or (), given.out), given.workers)
+    result = run(tiles_only(spec), listen=to_stderr(), retry=given.retry)
+    print(f"counts {result.counts}; tiles {sum(ended.tiles for ended in result.ended)}")
+    return 0 if result.counts["done"] == len(result.ended) else EXIT_FAILURES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
+    return ending(lambda: tile(given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
