@@ -11,7 +11,7 @@ from slideflow_ray import execute
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import NoMpp, ReadError
 from slideflow_ray.events import ChunkScored, SlideDone, SlideFailed, WorkerDied
-from slideflow_ray.execute import Done, Failed, Lost, Task
+from slideflow_ray.execute import Done, Failed, Lost, Task, inline
 from slideflow_ray.graph import Queue, RunGraph
 from slideflow_ray.pipeline import Chunk, GridPlan, SlidePlan
 from slideflow_ray.specs import TileSpec
@@ -186,3 +186,13 @@ def test_a_queue_goes_slide_by_slide_as_a_list_would():
                 queue.first(slide)
                 listed.sort(key=lambda one: one[0] != slide)
             assert len(queue) == len(listed)
+
+
+def test_a_scorer_that_raises_what_nobody_planned_for_still_answers():
+    class Broken:
+        def score(self, task: Task, read: object) -> None:
+            raise SystemExit("no")
+
+    outcome = inline._scored(Broken(), Task("chunk", "a", None), None)  # type: ignore[arg-type]
+    assert isinstance(outcome, Failed)
+    assert outcome.error.code == "E_UNEXPECTED"

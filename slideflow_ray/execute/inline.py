@@ -22,7 +22,7 @@ from multiprocessing.context import SpawnProcess
 import psutil
 
 from slideflow_ray import storage
-from slideflow_ray.errors import InfrastructureError
+from slideflow_ray.errors import InfrastructureError, as_slideflow_error
 from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
 from slideflow_ray.execute.worker import ModelScorer, Read, Reader
 from slideflow_ray.pipeline import Context
@@ -183,7 +183,7 @@ class InlinePool:
     def _score_all(self, scorer: ModelScorer) -> None:
         scorer.pin()
         while (work := self._to_score.get()) is not None:
-            self._scored.put(scorer.score_anew(*work) if work[0].fresh else scorer.score(*work))
+            self._scored.put(_scored(scorer, *work))
             self._wake_w.send_bytes(b"x")
 
     @property
@@ -282,6 +282,14 @@ class InlinePool:
             thread.join(timeout=60)
         self._wake_r.close()
         self._wake_w.close()
+
+
+def _scored(scorer: ModelScorer, task: Task, read: Read) -> Done | Failed:
+    """Score, and answer whatever happens: the run would wait for ever for a thread that has ended."""
+    try:
+        return scorer.score_anew(task, read) if task.fresh else scorer.score(task, read)
+    except BaseException as error:  # noqa: BLE001
+        return Failed(task, as_slideflow_error(error, f"scoring {task.slide_id}"))
 
 
 # loading
