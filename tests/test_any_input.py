@@ -107,7 +107,7 @@ def ours(work: Callable[[], Any]) -> Any:
     except SlideflowError as error:
         said = error
     assert said.code.startswith("E_")
-    assert said.code != "E_UNEXPECTED"
+    assert said.code != "E_BUG"
     assert all(letter.isprintable() or letter in "\n\t" for letter in str(said))
     assert said.step
     return None

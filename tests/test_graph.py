@@ -195,4 +195,4 @@ def test_a_scorer_that_raises_what_nobody_planned_for_still_answers():
 
     outcome = inline._scored(Broken(), Task("chunk", "a", None), None)  # type: ignore[arg-type]
     assert isinstance(outcome, Failed)
-    assert outcome.error.code == "E_UNEXPECTED"
+    assert outcome.error.code == "E_BUG"
