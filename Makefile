@@ -36,7 +36,7 @@ accept: setup
 	$(BIN)/python -m pytest tests/accept -q -s
 
 soak: setup
-	$(BIN)/python -m pytest -m soak tests/test_faults.py tests/test_jobs.py
+	$(BIN)/python -m pytest -m soak
 	$(BIN)/python benchmarks/soak.py --kills 200
 	$(BIN)/python benchmarks/soak.py --kills 20 --executor ray
 
