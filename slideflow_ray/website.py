@@ -63,6 +63,39 @@ class Website:
             raise GenericError(f"{self.root} does not answer: {error}") from error
 
 
+def post(url: str, data: bytes, timeout_s: float) -> int:
+    """Send JSON to an address and return the status; a redirect is an answer, and not followed.
+
+    Raises ValueError for an address that nothing may be sent to, OSError where nobody answers.
+    """
+    check_address(url)
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - checked above
+    try:
+        with urllib.request.build_opener(_Http, _Https, _Stay).open(request, timeout=timeout_s) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        error.close()
+        return error.code
+    except http.client.HTTPException as error:
+        raise OSError(f"no answer in HTTP: {type(error).__name__}") from error
+
+
+def check_address(url: str) -> None:
+    """Raise ValueError for an address that is not http(s), or that nothing may be sent to."""
+    check_uri(url.partition("?")[0])
+    if urlsplit(url).scheme not in WEB or not url.isascii() or " " in url:
+        raise ValueError("is no address as https://host/path")
+    if urlsplit(url).port == 0:
+        raise ValueError("has port 0")
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Goes nowhere else."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
 class Forbidden(PermissionDeniedError, OSError):
     """A server, or its name, led to where nothing is asked."""
 

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -22,10 +23,11 @@ from slideflow_ray.errors import ConfigError, LeaseError
 from slideflow_ray.events import ChunkScored
 from slideflow_ray.lease import lease
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
+from slideflow_ray.nightly.alert import raise_alert
 from slideflow_ray.nightly.drift import compare, outlying, stability
 from slideflow_ray.nightly.night import Night, run_night
 from slideflow_ray.nightly.sources import list_sources
-from slideflow_ray.nightly.spec import DriftSpec, load_nightly, parse_nightly
+from slideflow_ray.nightly.spec import AlertSpec, DriftSpec, load_nightly, parse_nightly
 from slideflow_ray.phantoms import halved, write_pyramid, write_slide
 from slideflow_ray.repair import verify
 from tests.object_store import BUCKET, object_store
@@ -270,6 +272,50 @@ def test_a_prefix_of_a_bucket_is_watched_like_a_folder(scans, marked, bundles, t
     assert second.accounted["done"] == 2
 
 
+def small(tmp_path: Path, bundles: dict[str, Path], **more: object) -> dict:
+    """Settings of a night without a reference."""
+    values = {"out": str(tmp_path / "nightly"), "watch": [str(tmp_path / "inbox")], "modality": "tem", "settle_s": 60}
+    return {**values, "model": [{"path": str(bundles["aligned"])}], "executor": {"workers": 1}, **more}
+
+
+def test_odd_files_are_left_alone_and_the_others_scored(marked, bundles, tmp_path):
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    old(shutil.copy(marked / "c.tif", inbox / "c.tif"))
+    old(shutil.copy(marked / "a.tif", inbox / "=a.tif"))
+    shutil.copy(marked / "b.tif", os.fsencode(inbox) + b"/b\xff.tif")
+    shutil.copy(marked / "b.tif", inbox / "b.tif")
+    ahead = time.time() + 4e7  # a clock that is wrong
+    os.utime(inbox / "b.tif", (ahead, ahead))
+    (tmp_path / "link").symlink_to(inbox)
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,label,modality\nPAT1,link/c.tif,tumor,tem\n")
+    spec = parse_nightly(small(tmp_path, bundles, cohort=str(tmp_path / "cohort.csv")), "test")
+    first = run_night(spec, MONDAY)
+    assert set(first.new) == {"PAT1", "_=a"}
+    assert first.accounted["done"] == 2
+    assert list(first.unusable) == ["'b\\udcff.tif'"]
+    assert [Path(uri).name for uri in first.waiting] == ["b.tif"]
+    rows = {i["slide_id"]: i.get("label") for i in read_run(tmp_path / "nightly" / "results")["items"]}
+    assert rows["PAT1"] == "tumor"
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,label,modality\n_=a,link/b.tif,tumor,tem\n")
+    second = run_night(spec, TUESDAY)  # the id is another slide's; c goes on without a row
+    assert second.accounted["waiting"] == 1
+    assert "is that of" in next(iter(second.waiting.values()))
+
+
+def test_a_night_without_anything_scored_shows_no_old_report(marked, bundles, tmp_path):
+    (tmp_path / "inbox").mkdir()
+    old(shutil.copy(marked / "c.tif", tmp_path / "inbox" / "c.tif"))
+    shutil.copytree(bundles["aligned"], tmp_path / "bundle")
+    values = small(tmp_path, bundles, rescore=0, model=[{"path": str(tmp_path / "bundle")}])
+    assert run_night(parse_nightly(values, "test"), MONDAY).report
+    weights = {name: value * 2 for name, value in load_weights(bundles["aligned"]).items()}
+    write_bundle(tmp_path / "bundle", read_card(tmp_path / "bundle"), weights, overwrite=True)
+    second = run_night(parse_nightly(values, "test"), TUESDAY)
+    assert (second.accounted["turn"], second.report) == (1, "")
+    assert not (tmp_path / "nightly" / "nights" / "2026-11-17" / "report.html").exists()
+
+
 # drift
 
 
@@ -309,6 +355,20 @@ def test_one_slide_far_outside_is_named_where_the_many_hide_it():
     assert outlying(now, before, DriftSpec())["odd"].startswith("a 9 (reference 0.95)")
 
 
+def test_where_no_shift_could_be_found_that_is_said():
+    (measure,) = compare([{"a": 1e6}] * 4, [{"a": float(i)} for i in range(4)], DriftSpec())
+    assert not measure.drift
+    assert "too few" in measure.why
+
+
+def test_a_reference_that_never_varies_makes_no_drift_of_rounding():
+    before, now = [{"a": 1.0}] * 30, [{"a": 1.0 - 1e-9 * i} for i in range(6)]
+    (measure,) = compare(now, before, DriftSpec())
+    assert not measure.drift
+    assert compare([{"a": float("nan")}] * 6, before, DriftSpec())[0].n == 0
+    assert outlying({"s": {"a": 1.0 - 1e-9}}, before, DriftSpec()) == {}
+
+
 def test_too_few_slides_are_not_judged():
     (measure,) = compare([{"a": 99.0}], [{"a": 0.0}] * 50, DriftSpec())
     assert not measure.drift
@@ -319,9 +379,6 @@ def test_too_few_slides_are_not_judged():
 
 
 def test_an_alert_is_posted_and_a_dead_address_ends_nothing(tmp_path):
-    from slideflow_ray.nightly.alert import raise_alert
-    from slideflow_ray.nightly.spec import AlertSpec
-
     got = []
 
     class Hook(http.server.BaseHTTPRequestHandler):
@@ -342,5 +399,29 @@ def test_an_alert_is_posted_and_a_dead_address_ends_nothing(tmp_path):
     assert json.loads((tmp_path / "alert.json").read_text())["told"] == ["webhook: 204"]
     raise_alert(AlertSpec(webhook=address), tmp_path, "2026-11-21", ["stain: PSI 3"])
     assert "refused" in json.loads((tmp_path / "alert.json").read_text())["told"][0]
-    with pytest.raises(ConfigError, match="link-local"):
-        raise_alert(AlertSpec(webhook="http://169.254.169.254/x"), tmp_path, "n", ["x"])
+
+
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0-x\r\n", b"HTTP/1.1 302 Found\r\nLocation: http://169.254.169.254/\r\n\r\n"]
+)
+def test_a_webhook_that_answers_oddly_is_written_down(answer, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        raise_alert(AlertSpec(webhook=f"http://127.0.0.1:{server.getsockname()[1]}/x"), tmp_path, "n", ["x"])
+    (told,) = json.loads((tmp_path / "alert.json").read_text())["told"]
+    assert told.startswith("webhook: 302" if answer.startswith(b"HTTP") else "webhook: no answer in HTTP")
+
+
+@pytest.mark.parametrize(
+    "address", ["htp://x", "http://169.254.169.254/x", "http://h:80a/x", "http://h/a b", "https://h/é"]
+)
+def test_a_webhook_that_cannot_be_is_refused_before_the_night(address):
+    with pytest.raises(ValueError, match="webhook"):
+        AlertSpec.parse({"webhook": address}, "test")

@@ -204,6 +204,7 @@ def repair(
 def nightly(
     settings: Annotated[Path, typer.Argument(help="nightly.toml.", metavar="NIGHTLY.TOML")],
     date: Annotated[str | None, typer.Option(help="The night's date, as 2026-11-21; default: today.")] = None,
+    executor: Annotated[ExecutorName | None, typer.Option(help="inline, or ray; default: as the file says.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score what is new or changed since the last night, aggregate the cohort so far, look for drift (exit code 6)."""
@@ -211,7 +212,11 @@ def nightly(
     from slideflow_ray.nightly.spec import load_nightly
     from slideflow_ray.progress import to_stderr
 
-    night = run_night(load_nightly(settings), _date(date), to_stderr())
+    spec = load_nightly(settings)
+    if executor is not None:
+        kind = spec.run.executor.model_copy(update={"kind": executor.value})
+        spec = spec.model_copy(update={"run": spec.run.model_copy(update={"executor": kind})})
+    night = run_night(spec, _date(date), to_stderr())
     typer.echo(json.dumps(night.to_json()) if as_json else night.summary())
     if night.drifted or night.failed:
         raise typer.Exit(EXIT_DRIFT if night.drifted else EXIT_FAILURES)

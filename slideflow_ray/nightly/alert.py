@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slideflow_ray import storage
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.nightly.spec import AlertSpec
-from slideflow_ray.uris import check_uri
+from slideflow_ray.website import post
 
 TIMEOUT_S = 20.0
 
@@ -42,21 +40,7 @@ def _to_file(file: str | None, alert: Mapping[str, object]) -> list[str]:
 def _to_web(address: str | None, alert: Mapping[str, object]) -> list[str]:
     if address is None:
         return []
-    check_webhook(address)
-    data = json.dumps(alert).encode()
-    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})  # noqa: S310 - checked above
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
-            return [f"webhook: {answer.status}"]
-    except (urllib.error.URLError, OSError) as error:
+        return [f"webhook: {post(address, json.dumps(alert).encode(), TIMEOUT_S)}"]
+    except (OSError, ValueError) as error:
         return [f"webhook: {getattr(error, 'reason', error)}"]
-
-
-def check_webhook(address: str) -> None:
-    """Raise ConfigError for an address that is not http(s), or that no alert may go to (link-local, metadata)."""
-    try:
-        check_uri(address.partition("?")[0])
-    except ValueError as error:
-        raise ConfigError(f"The webhook {error}.") from error
-    if not address.startswith(("https://", "http://")):
-        raise ConfigError("The webhook must begin with https:// (or http://).")

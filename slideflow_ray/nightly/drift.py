@@ -23,6 +23,8 @@ PERCENTILES = (5, 25, 50, 75, 95)
 STAINS = ("red", "green", "blue")
 FAR = 3.0
 """Interquartile ranges beyond the quartiles from which a slide is far out (Tukey, Exploratory Data Analysis, 1977)."""
+SMALL = 0.01
+"""A slide within so much of the reference's median is not far out, however narrow the reference."""
 FEW = 5.0
 """The least reference slides of a bin: with fewer reference slides there are fewer bins."""
 
@@ -124,13 +126,14 @@ def outlying(
         far = FAR * (high - low)
         for slide_id, slide in latest.items():
             value = slide.get(name, middle)
-            if not low - far <= value <= high + far:
+            if not low - far <= value <= high + far and abs(value - middle) > SMALL * abs(middle):
                 found.setdefault(slide_id, []).append(f"{name} {value:.3g} (reference {middle:.3g})")
     return {slide_id: ", ".join(said) for slide_id, said in found.items()}
 
 
 def _column(slides: Sequence[Mapping[str, float]], name: str) -> Floats:
-    return np.array([slide[name] for slide in slides if name in slide], np.float64)
+    values = np.array([slide[name] for slide in slides if name in slide], np.float64)
+    return values[np.isfinite(values)]
 
 
 def _compared(name: str, new: Floats, old: Floats, spec: DriftSpec, alpha: float) -> Measure:
@@ -139,6 +142,9 @@ def _compared(name: str, new: Floats, old: Floats, spec: DriftSpec, alpha: float
         return Measure(name, n, m, why=f"{n} new slides and {m} of the reference; from {spec.least} on they are judged")
     from scipy.stats import ks_2samp
 
+    if not _could_tell(n, m, old, alpha):
+        return Measure(name, n, m, why=f"{n} new slides against {m}: too few to tell any shift from chance")
+    new, old = _rounded(new, old)
     found = ks_2samp(new, old, method="auto")
     distance, p = float(found.statistic), float(found.pvalue)
     psi, chance = stability(new, old, alpha)
@@ -146,6 +152,20 @@ def _compared(name: str, new: Floats, old: Floats, spec: DriftSpec, alpha: float
     said += [f"KS {distance:.2f} (p {p:.1g})"] if distance > spec.ks and p < alpha else []
     latest, before = (tuple(np.percentile(values, PERCENTILES).tolist()) for values in (new, old))
     return Measure(name, n, m, psi, chance, distance, p, latest, before, bool(said), ", ".join(said))
+
+
+def _could_tell(n: int, m: int, old: Floats, alpha: float) -> bool:
+    """Whether the largest shift would be found: the exact test has a least p value, the index a largest value."""
+    if 2 / math.comb(n + m, n) < alpha:
+        return True
+    psi, chance = stability(np.full(n, np.inf), old, alpha)
+    return psi > chance
+
+
+def _rounded(new: Floats, old: Floats) -> tuple[Floats, Floats]:
+    """Round both to a millionth of the reference's size: differences below are arithmetic, not slides."""
+    unit = 1e-6 * max(float(np.abs(old).max(initial=0)), 1e-12)
+    return np.round(new / unit) * unit, np.round(old / unit) * unit
 
 
 def stability(new: Floats, old: Floats, alpha: float) -> tuple[float, float]:

@@ -16,10 +16,10 @@ KINDS = ("scores", "features", "masks", "planes", "objects", "heatmaps")
 """Kinds of node that a model has made."""
 
 
-def prune(spec: NightlySpec, out: Path, state: State) -> tuple[str, ...]:
-    """Delete what the settings let go; return what, by path or node."""
+def prune(spec: NightlySpec, out: Path, state: State, scored: bool) -> tuple[str, ...]:
+    """Delete what the settings let go; return what, by path or node. `scored`: whether tonight had a run."""
     gone = _old_nights(out, spec.keep.nights, state)
-    return gone if spec.keep.superseded else (*gone, *_superseded(out, state))
+    return (*gone, *_superseded(out)) if scored and not spec.keep.superseded else gone
 
 
 def _old_nights(out: Path, keep: int, state: State) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ def _old_nights(out: Path, keep: int, state: State) -> tuple[str, ...]:
     return tuple(f"{NIGHTS}/{name}" for name in old)
 
 
-def _superseded(out: Path, state: State) -> tuple[str, ...]:
+def _superseded(out: Path) -> tuple[str, ...]:
     """Take away results of slides whose latest run has better ones; a slide that waits for its turn keeps its own."""
     try:
         record = read_run(out / RESULTS)

@@ -23,7 +23,7 @@ from slideflow_ray.lease import lease
 from slideflow_ray.nightly import drift
 from slideflow_ray.nightly.alert import raise_alert
 from slideflow_ray.nightly.keep import prune
-from slideflow_ray.nightly.sources import list_sources
+from slideflow_ray.nightly.sources import Listing, list_sources
 from slideflow_ray.nightly.spec import NIGHTS, REFERENCE, RESULTS, NightlySpec
 from slideflow_ray.nightly.state import Entry, State, Tonight, compare
 from slideflow_ray.run import load_models, resolved, run, wanted
@@ -38,7 +38,8 @@ class Night:
 
     source : slides that the source holds, by kind (new, changed, renamed, unchanged, duplicate, waiting).
     accounted : the same slides by how they stand now: done, failed, refused, duplicate, waiting, and `turn` for those
-    that an earlier bundle has scored. Both add up to the same. others : files that are no slides.
+    that an earlier bundle has scored. Both add up to the same. others : files that are no slides; unusable : files
+    that cannot be taken for one, and why.
     outlying : slides of tonight that lie far outside the reference, and in what.
     ended : slide_id -> status, code and message of those that are not done, and on how many nights in a row.
     """
@@ -53,6 +54,7 @@ class Night:
     renamed: tuple[str, ...]
     removed: tuple[str, ...]
     rescored: tuple[str, ...]
+    unusable: Mapping[str, str]
     waiting: Mapping[str, str]
     duplicates: Mapping[str, str]
     ended: Mapping[str, Mapping[str, Any]]
@@ -115,17 +117,24 @@ def run_night(spec: NightlySpec, date: Date | None = None, listen: Listener = si
         state = State.read(out)
         name = _name(state, date or Date.today())
         work = _work(spec, out, listen)
-        listing = list_sources(spec, {uri: entry.seen for uri, entry in state.slides.items()})
+        listing = list_sources(spec, {**state.waiting, **{uri: entry.seen for uri, entry in state.slides.items()}})
         tonight = compare(spec, state, listing, name)
         chosen, turn = _chosen(spec, state, tonight, work.how)
         ended = _scored(work, [tonight.items[uri] for uri in chosen])
         entries = _remembered(state, tonight, chosen, ended, work.how)
-        night = _told(work, name, state, tonight, entries, listing.others, chosen, turn)
+        night = _told(work, name, state, tonight, entries, listing, chosen, turn)
         night = _judged(work, night, tonight, entries)
         state.slides, state.nights = entries, [*state.nights, name]
-        night = replace(night, pruned=prune(spec, out, state), report=_report(work, name), notes=tuple(work.notes))
-        _write(spec, out, night)
+        state.waiting = {uri: listing.slides[uri].seen for uri, kind in tonight.kinds.items() if kind == "waiting"}
+        report = _report(work, name) if chosen else ""
+        if not chosen:
+            work.notes.append("no slide of the source is scored by the bundles in service, so there is no report")
+        pruned = prune(spec, out, state, scored=bool(chosen))
+        night = replace(night, pruned=pruned, report=report, notes=tuple(work.notes))
+        _write(out, night)
         state.write(out)
+        if night.drifted:
+            raise_alert(spec.alert, out / NIGHTS / name, name, night.drifted)
     return night
 
 
@@ -186,7 +195,7 @@ def _told(
     state: State,
     tonight: Tonight,
     entries: Mapping[str, Entry],
-    others: int,
+    listing: Listing,
     chosen: Sequence[str],
     turn: Sequence[str],
 ) -> Night:
@@ -199,12 +208,13 @@ def _told(
         missed=_missed(state, name),
         source=tonight.counts,
         accounted=_accounted(tonight, entries, chosen, turn),
-        others=others,
+        others=listing.others,
         new=ids("new"),
         changed=ids("changed"),
         renamed=ids("renamed"),
         removed=tuple(entry.slide_id for entry in tonight.removed.values()),
         rescored=tuple(entries[uri].slide_id for uri in stale if tonight.kinds[uri] != "changed"),
+        unusable=listing.unusable,
         waiting={uri: why for uri, why in tonight.why.items() if tonight.kinds[uri] == "waiting"}
         | dict.fromkeys(turn, TURN),
         duplicates={uri: why for uri, why in tonight.why.items() if tonight.kinds[uri] == "duplicate"},
@@ -242,12 +252,13 @@ def _missed(state: State, name: str) -> tuple[str, ...]:
 
 def _judged(work: _Work, night: Night, tonight: Tonight, entries: Mapping[str, Entry]) -> Night:
     """Compare tonight's slides, and the latest ones, with the reference."""
-    if work.spec.reference is None:
-        return night
+    came = {*night.new, *night.changed}
+    if work.spec.reference is None or not came:
+        return night  # the same slides would raise the same alarm every night
     old = _measured(work.out / REFERENCE, _reference(work))
     done = [entry for entry in entries.values() if entry.status == "done" and entry.how == work.how]
     latest = [e.slide_id for e in sorted(done, key=lambda e: e.since)][-work.spec.drift.window :]
-    came = [e.slide_id for e in done if e.slide_id in {*night.new, *night.changed}]
+    came = {e.slide_id for e in done if e.slide_id in came}
     new = _measured(work.out / RESULTS, dict.fromkeys([*came, *latest]))
     judged = drift.compare([new[i] for i in came if i in new], list(old.values()), work.spec.drift) if came else ()
     again = drift.compare([new[i] for i in latest if i in new], list(old.values()), work.spec.drift)
@@ -306,14 +317,12 @@ def _report(work: _Work, name: str) -> str:
     return str(path)
 
 
-def _write(spec: NightlySpec, out: Path, night: Night) -> None:
+def _write(out: Path, night: Night) -> None:
     from slideflow_ray.nightly.page import render
 
     folder = out / NIGHTS / night.name
     storage.write_atomic(folder / "night.html", render(night).encode())
     storage.write_atomic(folder / "night.json", storage.to_json(night.to_json()))
-    if night.drifted:
-        raise_alert(spec.alert, folder, night.name, night.drifted)
 
 
 def announce(night: Night, listen: Listener) -> None:

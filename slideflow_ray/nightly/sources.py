@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,6 +15,9 @@ from slideflow_ray.collect import SUFFIXES, places, slide_ids
 from slideflow_ray.errors import ConfigError, ReadError, SlideNotFound
 from slideflow_ray.nightly.spec import NightlySpec
 from slideflow_ray.remote import look
+
+FORMULA = "=+-@"
+"""What no slide_id begins with: a table would take it for a formula."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Listing:
-    """What the source holds: slides by uri, and how many files are none."""
+    """What the source holds: slides by uri (a local one's real path), how many files are none, and which cannot be."""
 
     slides: Mapping[str, Source]
     others: int
+    unusable: Mapping[str, str] = field(default_factory=dict)
 
 
 def list_sources(spec: NightlySpec, known: Mapping[str, list[Any]]) -> Listing:
@@ -52,20 +57,37 @@ def list_sources(spec: NightlySpec, known: Mapping[str, list[Any]]) -> Listing:
     Raises ConfigError for a folder or a cohort that is not there.
     """
     found: dict[str, Source] = {}
+    unusable: dict[str, str] = {}
     others = 0
     for item in read_cohort(spec.cohort) if spec.cohort else ():
-        found[item.uri] = _row(item)
+        found[_key(item.uri)] = _row(item)
     for uri in spec.watch:
         slides, more = _in_bucket(uri) if storage.is_remote(uri) else _in_folder(uri)
         others += more
-        top = uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute())
+        top = _key(uri)
         if not slides and not spec.may_empty and any(seen.startswith(f"{top.rstrip('/')}/") for seen in known):
             said = f"{uri} held slides and holds none now; were it not mounted, every slide would count as removed."
             raise ConfigError(said, next_step="Mount it; or set `may_empty = true` where its slides are really gone.")
         for source in slides:
-            found.setdefault(source.uri, source)
+            if _is_utf8(source.uri):
+                found.setdefault(_key(source.uri), source)
+            else:
+                unusable[ascii(source.name)] = "its name is not UTF-8, so no cohort can hold it; rename it"
     now = time.time()
-    return Listing({uri: _settled(s, known.get(uri), spec.settle_s, now) for uri, s in found.items()}, others)
+    settled = {uri: _settled(s, known.get(uri), spec.settle_s, now) for uri, s in found.items()}
+    return Listing(settled, others, unusable)
+
+
+def _key(uri: str) -> str:
+    return uri if storage.is_remote(uri) else os.path.realpath(storage.local_path(uri))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _row(item: Item) -> Source:
@@ -161,6 +183,7 @@ def name_new(sources: Iterable[Source], taken: set[str]) -> dict[str, str]:
             loose.append(source)
     used = {slide_id.casefold() for slide_id in taken | set(ids.values())}
     for source, slide_id in zip(loose, slide_ids([s.name for s in loose]), strict=True):
+        slide_id = slide_id if slide_id[0] not in FORMULA else f"_{slide_id}"
         names = [slide_id, source.name.replace("/", "_"), *(f"{slide_id}-{n}" for n in range(2, 10_000))]
         ids[source.uri] = next(name for name in names if name.casefold() not in used)
         used.add(ids[source.uri].casefold())

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.specs import Fraction, Modality, Positive, RunSpec, Spec, folder_of, relative_to
 from slideflow_ray.texts import read_toml
+from slideflow_ray.website import check_address
 
 RESULTS, REFERENCE, NIGHTS = "results", "reference", "nights"
 """Below a nightly's folder: the run of the cohort so far, that of the reference, a folder for each night."""
@@ -43,6 +44,13 @@ class AlertSpec(Spec):
 
     file: str | None = None
     webhook: str | None = None
+
+    @field_validator("webhook")
+    @classmethod
+    def _may_be_posted_to(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_address(value)
+        return value
 
 
 class KeepSpec(Spec):

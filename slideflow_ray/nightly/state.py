@@ -42,10 +42,14 @@ class Entry:
 
 @dataclass
 class State:
-    """All that a nightly job remembers: entries by uri, and the names of its nights, the latest last."""
+    """All that a nightly job remembers: entries by uri, the names of its nights, the latest last, and what waits.
+
+    Uris of local slides are real paths, so that one file is one slide by whatever way it is reached.
+    """
 
     slides: dict[str, Entry] = field(default_factory=dict)
     nights: list[str] = field(default_factory=list)
+    waiting: dict[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, out: Path) -> State:
@@ -55,12 +59,14 @@ class State:
             return cls()
         if record.get("schema") != SCHEMA:
             raise ConfigError(f"{out / 'state.json'} has schema {record.get('schema')}; this version reads {SCHEMA}.")
-        return cls({uri: Entry(**entry) for uri, entry in record["slides"].items()}, list(record["nights"]))
+        return cls(
+            {uri: Entry(**entry) for uri, entry in record["slides"].items()}, record["nights"], record["waiting"]
+        )
 
     def write(self, out: Path) -> None:
         """Keep it, whole or not at all."""
         slides = {uri: vars(entry) for uri, entry in self.slides.items()}
-        record = {"schema": SCHEMA, "slides": slides, "nights": self.nights}
+        record = {"schema": SCHEMA, "slides": slides, "nights": self.nights, "waiting": self.waiting}
         storage.write_atomic(out / "state.json", storage.to_json(record))
 
 
@@ -102,9 +108,10 @@ def compare(spec: NightlySpec, state: State, listing: Listing, night: str) -> To
             found[uri] = known
     gone = {uri: entry for uri, entry in state.slides.items() if uri not in listing.slides}
     sorter = _Sorter(state, found, gone)
-    for uri, known in sorted(found.items(), key=lambda pair: pair[0] not in state.slides):  # the old ones first
+    rows = {uri for uri, source in listing.slides.items() if source.item is not None}
+    for uri, known in sorted(found.items(), key=lambda pair: (pair[0] not in state.slides, pair[0] not in rows)):
         kinds[uri], why[uri] = sorter.kind(uri, known)
-    entries, items = _entries(spec, state, listing, kinds, found, sorter.moved, night)
+    entries, items = _entries(spec, state, listing, kinds, why, found, sorter.moved, night)
     removed = {uri: entry for uri, entry in gone.items() if uri not in sorter.moved.values()}
     return Tonight(kinds, {uri: text for uri, text in why.items() if text}, items, entries, removed)
 
@@ -151,7 +158,8 @@ def _entries(
     spec: NightlySpec,
     state: State,
     listing: Listing,
-    kinds: Mapping[str, str],
+    kinds: dict[str, str],
+    why: dict[str, str],
     found: Mapping[str, str],
     moved: Mapping[str, str],
     night: str,
@@ -163,6 +171,9 @@ def _entries(
     entries, items = {}, {}
     for uri, source in here.items():
         old = before[uri]
+        if other := _taken(source, uri, here, before):
+            kinds[uri], why[uri] = "waiting", f"its slide_id in the cohort is that of {other}"
+            continue
         slide_id = source.item.slide_id if source.item else old.slide_id if old else ids[uri]
         same = old is not None and old.slide_id == slide_id and old.identity == found[uri]
         entries[uri] = Entry(slide_id, source.seen, found[uri], night)
@@ -170,6 +181,15 @@ def _entries(
             entries[uri] = Entry(**{**vars(old), "seen": source.seen})
         items[uri] = source.item or _item(spec, slide_id, source)
     return entries, items
+
+
+def _taken(source: Source, uri: str, here: Mapping[str, Source], before: Mapping[str, Entry | None]) -> str:
+    """Return the slide that has had the id which the cohort now gives to another one, "" where there is none."""
+    if source.item is None:
+        return ""
+    named = source.item.slide_id
+    held = (u for u, old in before.items() if u != uri and old is not None and old.slide_id == named)
+    return next((u for u in held if (item := here[u].item) is None or item.slide_id == named), "")
 
 
 def _item(spec: NightlySpec, slide_id: str, source: Source) -> Item:
