@@ -152,19 +152,22 @@ def test_prometheus_reads_a_run_under_ray(marked, bundles, tmp_path, local_ray):
         "compute": {"device": "cpu"},
     }
     heard = []
-    result = run(RunSpec.parse(values, "test"), listen=heard.append)
+    result = run(RunSpec.parse(values, "test"), listen=heard.append, log=tmp_path / "log.jsonl")
+    mine = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["run"]  # other tests' runs are there too
     tiles = sum(event.tiles for event in heard if isinstance(event, ChunkScored))
     deadline = time.monotonic() + 40  # Ray reports every ten seconds
-    while value(page := scraped(), "slideflow_ray_failures_total", code="E_NOT_A_SLIDE") is None:
+    while value(page := scraped(), "slideflow_ray_failures_total", code="E_NOT_A_SLIDE", run=mine) is None:
         assert time.monotonic() < deadline, page[:2000]
         time.sleep(0.5)
-    assert value(page, "slideflow_ray_tiles_total") == tiles > 0
-    assert value(page, "slideflow_ray_slides_total", status="done") == result.counts["done"] == 3
+    assert value(page, "slideflow_ray_tiles_total", run=mine) == tiles > 0
+    assert value(page, "slideflow_ray_slides_total", status="done", run=mine) == result.counts["done"] == 3
     chunks = [event for event in heard if isinstance(event, ChunkScored)]
-    assert value(page, "slideflow_ray_read_seconds_count") == len(chunks)
-    assert value(page, "slideflow_ray_forward_seconds_count") == len(chunks)
-    assert value(page, "slideflow_ray_reading_seconds_total") == pytest.approx(sum(e.read_s for e in chunks))
-    assert value(page, "slideflow_ray_scoring_seconds_total") == pytest.approx(sum(e.ended - e.began for e in chunks))
-    assert value(page, "slideflow_ray_slides_left") == 0
+    assert value(page, "slideflow_ray_read_seconds_count", run=mine) == len(chunks)
+    assert value(page, "slideflow_ray_forward_seconds_count", run=mine) == len(chunks)
+    assert value(page, "slideflow_ray_reading_seconds_total", run=mine) == pytest.approx(sum(e.read_s for e in chunks))
+    assert value(page, "slideflow_ray_scoring_seconds_total", run=mine) == pytest.approx(
+        sum(e.ended - e.began for e in chunks)
+    )
+    assert value(page, "slideflow_ray_slides_left", run=mine) == 0
     missing = [name for name in METRICS if name not in page and name != "slideflow_ray_worker_deaths"]
     assert missing == []
