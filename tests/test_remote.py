@@ -330,9 +330,14 @@ def test_a_file_on_the_web_that_changes_is_an_error(conditions, web):
     for read in (fetched, lambda seen: Blocks(seen).pread(1, 0)):
         with pytest.raises(SourceChanged):
             read(seen)
-    server.tags = False
+    server.tags = server.dates = False
+    with pytest.raises(ReadError, match="neither ETag nor Last-Modified"):
+        look(f"{url}/a")
+    server.dates = True
+    os.utime(server.folder / "a", (1e9, 1e9))
     seen = look(f"{url}/a")
     (server.folder / "a").write_bytes(b"longer" * 1000)
+    os.utime(server.folder / "a", (1e9, 1e9))  # within the same second, all that a date can say
     with pytest.raises(ReadError, match="bytes"):
         fetched(seen)
 
