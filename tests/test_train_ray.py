@@ -70,6 +70,7 @@ def by_torch_alone(told: TrainJob, folder: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.soak  # Ray Train waits minutes before it gives a worker up
 def test_a_worker_that_is_killed_changes_nothing(local_ray, cohort, work, tmp_path):
     killed = []
 
