@@ -298,17 +298,22 @@ class RunSpec(Spec):
         return self
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a TOML file holds. Raises ConfigError when it is missing or is not TOML."""
+    try:
+        return read_toml(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no {path}.") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+
+
 def load_run(path: Path) -> RunSpec:
     """Read run.toml; relative paths in it are relative to the file.
 
     Raises ConfigError when the file is missing, is not TOML, or has an unknown or bad key.
     """
-    try:
-        values = read_toml(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no {path}.") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    values = read_settings(path)
     here = folder_of(path)
     for key in ("cohort", "out"):
         if isinstance(values.get(key), str):

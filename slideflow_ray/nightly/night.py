@@ -18,7 +18,7 @@ from slideflow_ray import accounting, storage
 from slideflow_ray.cohort import Item, check_unique, read_cohort
 from slideflow_ray.errors import ConfigError, SlideflowError, UnexpectedError
 from slideflow_ray.evaluate import evaluate
-from slideflow_ray.events import Listener, Noted, silent
+from slideflow_ray.events import Listener, silent
 from slideflow_ray.lease import lease
 from slideflow_ray.nightly import drift
 from slideflow_ray.nightly.alert import raise_alert
@@ -323,8 +323,3 @@ def _write(out: Path, night: Night) -> None:
     folder = out / NIGHTS / night.name
     storage.write_atomic(folder / "night.html", render(night).encode())
     storage.write_atomic(folder / "night.json", storage.to_json(night.to_json()))
-
-
-def announce(night: Night, listen: Listener) -> None:
-    """Tell what a night came to."""
-    listen(Noted(night.summary()))

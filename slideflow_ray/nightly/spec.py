@@ -9,8 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from slideflow_ray.errors import ConfigError
-from slideflow_ray.specs import Fraction, Modality, Positive, RunSpec, Spec, folder_of, relative_to
-from slideflow_ray.texts import read_toml
+from slideflow_ray.specs import Fraction, Modality, Positive, RunSpec, Spec, folder_of, read_settings, relative_to
 from slideflow_ray.website import check_address
 
 RESULTS, REFERENCE, NIGHTS = "results", "reference", "nights"
@@ -113,12 +112,7 @@ def parse_nightly(values: Mapping[str, Any], where: str) -> NightlySpec:
 
 def load_nightly(path: Path) -> NightlySpec:
     """Read nightly.toml; relative paths in it are relative to the file. Raises ConfigError."""
-    try:
-        values = read_toml(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no {path}.") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    values = read_settings(path)
     return parse_nightly(_placed(values, folder_of(path)), str(path))
 
 

@@ -19,9 +19,9 @@ from slideflow_ray.specs import (
     StoreSpec,
     TileSpec,
     TissueSpec,
+    read_settings,
     relative_to,
 )
-from slideflow_ray.texts import read_toml
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -295,12 +295,7 @@ def load_train(path: Path) -> dict[str, Any]:
 
     Raises ConfigError when the file is missing or is not TOML.
     """
-    try:
-        values = read_toml(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no {path}.") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    values = read_settings(path)
     here = path.resolve().parent
     for key in PATHS:
         if isinstance(values.get(key), str):
