@@ -35,11 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _called(arguments: list[str] | None) -> int:
     try:
-        return int(app(arguments, standalone_mode=False) or EXIT_OK)
+        code = int(app(arguments, standalone_mode=False) or EXIT_OK)
     except typer.Exit as end:
-        if end.exit_code == EXIT_INTERRUPTED:
-            raise KeyboardInterrupt from end
-        return end.exit_code
+        code = end.exit_code
     except typer.Abort as end:
         raise KeyboardInterrupt from end
     except Exception as error:
@@ -47,3 +45,6 @@ def _called(arguments: list[str] | None) -> int:
             error.show()
             return EXIT_CONFIG
         raise
+    if code == EXIT_INTERRUPTED:  # Typer swallows the interrupt and returns its number
+        raise KeyboardInterrupt
+    return code

@@ -150,7 +150,7 @@ def _follow(client: Client, job: str) -> None:
         sys.exit(EXIT_INTERRUPTED)
     _say(follow.ended(client.known(job), code))
     if code:
-        raise typer.Exit(code)
+        sys.exit(code)  # 130 of a job that was stopped is no interrupt of this command
 
 
 # jobs that were submitted
