@@ -114,15 +114,15 @@ def test_the_same_seed_makes_the_same_bytes_and_the_other_scanner_the_same_tissu
 
 @pytest.fixture(scope="module")
 def crops(tmp_path_factory):
-    """Ten patients of twenty-four glomeruli at a third of the usual size."""
-    return write_glomeruli(tmp_path_factory.mktemp("crops"), patients=10, per_patient=24, seed=2, side_px=96, workers=1)
+    """Eight patients of twenty-four glomeruli at a third of the usual size."""
+    return write_glomeruli(tmp_path_factory.mktemp("crops"), patients=8, per_patient=24, seed=2, side_px=96, workers=1)
 
 
 def test_every_patient_has_every_kind_on_both_stains(crops):
     items = read_cohort(crops)
     found = Counter((i.patient_id, i.label, i.stain) for i in items)
     assert set(found.values()) == {3}
-    assert len(found) == 10 * 4 * 2
+    assert len(found) == 8 * 4 * 2
 
 
 def test_colour_alone_does_not_tell_the_kinds_apart(crops):
@@ -134,7 +134,7 @@ def test_colour_alone_does_not_tell_the_kinds_apart(crops):
     items = read_cohort(crops)
     seen = np.array([colours(i.uri) for i in items])
     labels = np.array([i.label for i in items])
-    test = np.array([i.patient_id in ("K007", "K008", "K009", "K010") for i in items])
+    test = np.array([i.patient_id in ("K006", "K007", "K008") for i in items])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)).fit(seen[~test], labels[~test])
     assert model.score(seen[test], labels[test]) <= 0.5
 

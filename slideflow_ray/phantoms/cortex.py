@@ -59,7 +59,7 @@ def _finished(rng: Random, plane: Pixels, tissue: Plane | None) -> Pixels:
     """Return a plane with the section's varying thickness, and nothing where there is no tissue."""
     size = (plane.shape[1], plane.shape[0])
     small = (max(size[0] // COARSE, 1), max(size[1] // COARSE, 1))
-    thick = np.clip(rng.uniform(0.85, 1.15) + 0.12 * smooth_noise(rng, small, 22), 0.6, 1.4)
+    thick = np.clip(rng.uniform(0.75, 1.25) + 0.15 * smooth_noise(rng, small, 22), 0.6, 1.4)
     factor = np.asarray(Image.fromarray(thick.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     if tissue is not None:
         there = np.asarray(Image.fromarray(tissue).resize(size, Image.Resampling.BICUBIC))

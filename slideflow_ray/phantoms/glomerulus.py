@@ -56,8 +56,8 @@ class Paints:
 
 
 PAINTS: Final[dict[Stain, Paints]] = {
-    "he": Paints(cytoplasm=0.40, matrix=0.56, wall=0.55, membrane=0.62, stroma=0.40, brush=0.50, muscle=0.62),
-    "pas": Paints(cytoplasm=0.21, matrix=0.60, wall=0.58, membrane=0.92, stroma=0.27, brush=0.60, muscle=0.33),
+    "he": Paints(cytoplasm=0.40, matrix=0.54, wall=0.60, membrane=0.62, stroma=0.40, brush=0.50, muscle=0.62),
+    "pas": Paints(cytoplasm=0.21, matrix=0.56, wall=0.62, membrane=0.92, stroma=0.27, brush=0.60, muscle=0.33),
 }
 
 
@@ -124,9 +124,8 @@ def paint_glomerulus(rng: Random, nuclear: Pixels, other: Pixels, one: Glomerulu
     """Paint one glomerulus over what is there; parts outside of the planes are left out."""
     ground, left, top = _ground(one, mpp0)
     tissue = _arrange(rng, ground, one.kind)
-    amount = _stain(rng, ground, tissue, stain)
     blue = _nuclei(rng, ground, tissue, one.kind)
-    amount = np.where(blue > 60, 0.5 * amount, amount)
+    amount = _stain(rng, ground, tissue, stain, blue > 60)
     inside = ground.rho < 1 + 2.2 / mpp0 / ground.radius_px
     for plane, new in ((nuclear, blue), (other, 255 * amount)):
         _paste(plane, new, inside, left, top)
@@ -184,7 +183,7 @@ def _arrange(rng: Random, ground: _Ground, kind: str) -> _Tissue:
 def _segment(rng: Random, ground: _Ground, edge: Plane, where: float) -> tuple[Mask, Plane]:
     """A solid part of the tuft at one side, and the tuft's new edge: there it sticks to the capsule."""
     away = ground.away(where)
-    distance = np.sqrt(ground.rho**2 + 0.8**2 - 1.6 * ground.rho * np.cos(away))
+    distance = np.sqrt(np.maximum(ground.rho**2 + 0.8**2 - 1.6 * ground.rho * np.cos(away), 0))
     segment = distance + 0.05 * ground.noise(rng, 22) < rng.uniform(0.66, 0.84)
     stuck = np.clip((rng.uniform(0.5, 0.75) - away) / 0.12, 0, 1)
     return segment, np.asarray(edge + (1.0 - edge) * stuck, np.float32)
@@ -209,19 +208,22 @@ def _stalks(rng: Random, ground: _Ground, where: Mask, share: float) -> Mask:
 # stain
 
 
-def _stain(rng: Random, ground: _Ground, tissue: _Tissue, stain: Stain) -> Plane:
+def _stain(rng: Random, ground: _Ground, tissue: _Tissue, stain: Stain, nuclei: Mask) -> Plane:
     """Return the amount of the second stain, float32, of which glass has none."""
     paints = _varied(rng, PAINTS[stain])
-    loops = ground.noise(rng, 8.5)
+    loops = ground.noise(rng, 9.5)
     open_ = tissue.tuft & ~tissue.segment & ~tissue.stalk
-    threshold = _threshold(rng, ground, tissue, loops, open_)
-    lumen = np.clip((loops - threshold) / 0.25, 0, 1)
-    wall = np.exp(-(((loops - threshold + 0.1) / 0.28) ** 2))
+    white = rng.uniform(0.30, 0.40)
+    threshold = _threshold(white, ground, tissue, loops, open_ & ~nuclei, nuclei)
+    lumen = np.clip((loops - threshold) / 0.25 + 0.5, 0, 1)
+    wall = np.exp(-(((loops - threshold + 0.25) / 0.28) ** 2))
     amount = np.where(open_, (paints.cytoplasm + (paints.wall - paints.cytoplasm) * wall) * (1 - lumen), 0.0)
-    grain = 1 + 0.09 * ground.noise(rng, 3.0) + 0.10 * ground.noise(rng, 14)
+    grain = 1 + 0.09 * ground.noise(rng, 3.0) + 0.12 * ground.noise(rng, 14)
     amount = np.where(tissue.stalk | tissue.segment, paints.matrix * grain, amount)
     amount = np.where(tissue.crescent, 1.1 * paints.cytoplasm * grain, amount)
-    amount *= _evened(rng, ground, amount, stain)
+    if not tissue.segment[ground.rho < 0.9].all():  # one that is sclerosed all over has no space to match
+        _even(rng, amount, (ground.rho < 1) & ~nuclei, white, paints)
+    amount[nuclei] = 0.4 * paints.cytoplasm
     capsule = np.exp(-(((ground.rho - 1) * ground.radius_px * ground.mpp0 / 1.3) ** 2))
     return np.asarray(np.maximum(amount, paints.membrane * capsule), np.float32)
 
@@ -234,20 +236,25 @@ def _varied(rng: Random, paints: Paints) -> Paints:
     )
 
 
-def _threshold(rng: Random, ground: _Ground, tissue: _Tissue, loops: Plane, open_: Mask) -> float:
+def _threshold(white: float, ground: _Ground, tissue: _Tissue, loops: Plane, open_: Mask, nuclei: Mask) -> float:
     """Return the level above which a loop is open: what makes the drawn share of the glomerulus white."""
-    capsule = ground.rho < 1
-    white = rng.uniform(0.27, 0.38) * capsule.sum()
-    space = (capsule & ~tissue.tuft & ~tissue.crescent).sum()
-    share = np.clip((white - space) / max(int(open_.sum()), 1), 0.12, 0.62)
+    free = (ground.rho < 1) & ~nuclei
+    space = (free & ~tissue.tuft & ~tissue.crescent).sum()
+    share = np.clip((white * free.sum() - space) / max(int(open_.sum()), 1), 0.08, 0.75)
     return float(np.quantile(loops[open_], 1 - share)) if open_.any() else 9.0
 
 
-def _evened(rng: Random, ground: _Ground, amount: Plane, stain: Stain) -> float:
-    """Return the factor that brings a glomerulus to an amount of stain drawn for all kinds alike."""
-    paints = PAINTS[stain]
-    target = rng.uniform(0.85, 1.15) * 0.68 * (0.45 * paints.matrix + 0.55 * paints.wall)
-    return float(np.clip(target / max(float(amount[ground.rho < 1].mean()), 1e-3), 0.7, 1.4))
+def _even(rng: Random, amount: Plane, where: Mask, white: float, paints: Paints) -> None:
+    """Give the amounts a distribution drawn for all kinds alike, in place: their order stays.
+
+    A share `white` has none, the others spread evenly from cytoplasm to wall.
+    """
+    found = amount[where] + rng.normal(0, 1e-3, int(where.sum()))
+    rank = np.empty(len(found))
+    rank[np.argsort(found)] = np.linspace(0, 1, len(found))
+    low, high = 0.55 * paints.cytoplasm, 0.5 * (paints.wall + paints.matrix) * 1.15
+    spread = np.clip((rank - white) / (1 - white), 0, 1)
+    amount[where] = np.where(rank < white, 0.0, low + (high - low) * spread)
 
 
 # nuclei
@@ -283,11 +290,13 @@ def _nuclei(rng: Random, ground: _Ground, tissue: _Tissue, kind: str) -> Plane:
     wanted[tissue.segment] = 0.08
     wanted[tissue.crescent] = 7.0
     chance = wanted[sites[:, 1], sites[:, 0]]
-    area_um2 = np.pi * (ground.radius_px * ground.mpp0) ** 2
-    number = min(round(rng.uniform(0.0042, 0.0066) * area_um2), int((chance > 0).sum()))
-    if kind == GLOBAL:
-        number //= 6
+    capsule = ground.rho < 1
+    area = rng.uniform(0.13, 0.20) * (0.15 if kind == GLOBAL else 1.0) * capsule.sum()
     made = stamps("tuft", ground.mpp0)
-    for site in rng.choice(len(sites), number, replace=False, p=chance / chance.sum()).tolist():
-        stamp(out, made[int(rng.integers(len(made)))], int(sites[site, 0]), int(sites[site, 1]))
+    order = rng.choice(len(sites), int((chance > 0).sum()), replace=False, p=chance / chance.sum())
+    for some in np.array_split(order, max(1, len(order) // 10)):
+        if (out[capsule] > 60).sum() >= area:
+            break
+        for site in some.tolist():
+            stamp(out, made[int(rng.integers(len(made)))], int(sites[site, 0]), int(sites[site, 1]))
     return out
