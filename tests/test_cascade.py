@@ -46,7 +46,7 @@ def made(tmp_path_factory) -> tuple[Path, tuple[Glomerulus, ...]]:
         for one in layout.glomeruli:
             ImageDraw.Draw(pixels).polygon([tuple(p) for p in one.ring_px0.tolist()], fill=COLOURS["cyan"])
         write_pyramid(folder / f"{name}.tif", halved(np.asarray(pixels), 3), 0.5)
-    rows = "a,a.tif,he,he,1,P1\nb,b.tif,pas,pas,2,P1\n"
+    rows = "a,a.tif,he,tem,1,P1\nb,b.tif,pas,tem,2,P1\n"  # all of it tissue: on HE cyan would be a pen's
     (folder / "cohort.csv").write_text(f"slide_id,uri,stain,modality,section,patient_id\n{rows}")
     write_colours(folder, mpp=2.0)
     for seed, name in enumerate(("tiles", "second", "kinds")):
@@ -142,7 +142,7 @@ def test_after_a_kill_the_bytes_are_the_same(made, reference, tmp_path):
     strikes = tmp_path / "strikes"
     strikes.mkdir()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "DRIVE_FOLDER": str(strikes)}
-    command = [sys.executable, "-m", "tests.drive", str(tmp_path / "spec.json")]
+    command = [sys.executable, str(ROOT / "tests" / "drive.py"), str(tmp_path / "spec.json")]
     env["DRIVE_FAULT"] = "killed while reading a second chunk"
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=env)
     assert ended.returncode == 0, ended.stderr[-3000:]
