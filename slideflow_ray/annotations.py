@@ -292,6 +292,19 @@ def class_of(name: str, classes: Sequence[str], names: Mapping[str, str] | None 
     return known.get(mapped.get(name.casefold(), name).casefold())
 
 
+def classes_of(label: str, classes: Sequence[str], names: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """Return the model's classes that a label means, which may name several joined by "+"; in the model's order.
+
+    A name that means no class of the model adds nothing.
+
+    >>> classes_of("CGN + fsg", ("Normal", "FSG", "CGN")), classes_of("other", ("Normal", "FSG"))
+    (('FSG', 'CGN'), ())
+    """
+    whole = class_of(label, classes, names)
+    meant = {whole} if whole else {class_of(part.strip(), classes, names) for part in label.split("+")}
+    return tuple(name for name in classes if name in meant)
+
+
 def named(
     regions: Sequence[Region], classes: Sequence[str], names: Mapping[str, str] | None = None, where: str = ""
 ) -> tuple[Region, ...]:

@@ -275,13 +275,14 @@ class RunSpec(Spec):
     """Everything a run is told (run.toml).
 
     Each bundle brings its own tiles; `tile` names further ones to lay and store without a
-    model, as training does.
+    model, and `whole` images to store in one piece, as training does.
     """
 
     cohort: str
     out: str
     model: tuple[ModelSpec, ...] = ()
     tile: tuple[TileSpec, ...] = ()
+    whole: tuple[WholeSpec, ...] = ()
     stride_px: Annotated[int, Field(ge=1, le=2**20)] | None = None
     min_tissue: Fraction = 0.05
     tissue: TissueSpec = TissueSpec()
@@ -293,7 +294,7 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
-        if not self.model and not self.tile:
+        if not self.model and not self.tile and not self.whole:
             raise ValueError("name at least one [[model]] (or a [[tile]] to store tiles without scoring)")
         return self
 

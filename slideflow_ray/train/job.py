@@ -20,14 +20,15 @@ from slideflow_ray.events import EpochTrained, Listener, Noted, silent
 from slideflow_ray.models.bundle import BundleCard, write_bundle
 from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.run import run
-from slideflow_ray.specs import RunSpec, digest
+from slideflow_ray.specs import RunSpec, TileSpec, digest
 from slideflow_ray.splits import identities_of, lone_note, with_splits
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
 from slideflow_ray.train.crew import Crew
+from slideflow_ray.train.images import labelled_images, left_out
 from slideflow_ray.train.loop import EpochResult, Trained, fit
 from slideflow_ray.train.record import RECORD, Diary, beside, data_record, training_record, versions
-from slideflow_ray.train.sample import balanced, boxes_px0, mine, thin
+from slideflow_ray.train.sample import Mined, balanced, boxes_px0, mine, thin
 from slideflow_ray.train.spec import CrewSpec, TrainJob, TrainSpec
 from slideflow_ray.train.tiles import ChunkTiles, LabelledChunk, class_indices
 from slideflow_ray.train.weights import Start, find_weights
@@ -128,12 +129,11 @@ def card_of(job: TrainJob) -> BundleCard:
     return BundleCard.parse(
         {
             "name": Path(job.out).name,
-            "task": "classify",
+            "task": job.task,
             "architecture": job.fit.architecture,
             "arguments": job.fit.arguments,
             "classes": job.classes,
-            "tile_px": job.tile.tile_px,
-            "mpp": job.tile.mpp,
+            **shape_of(job),
             "mean": IMAGENET_MEAN,
             "std": IMAGENET_STD,
             "licence": job.licence,
@@ -141,6 +141,13 @@ def card_of(job: TrainJob) -> BundleCard:
         },
         "the bundle to be written",
     )
+
+
+def shape_of(job: TrainJob) -> dict[str, Any]:
+    """Return what the card says of tiles: their size and scale, or that images come in one piece."""
+    tile = job.shape
+    scale = {"mpp": tile.mpp} if isinstance(tile, TileSpec) else {"whole": tile.fit}
+    return {"tile_px": tile.tile_px, **scale}
 
 
 # one training
@@ -217,9 +224,13 @@ class _Training:
 
 def _by_class(chunks: Chunks, classes: Sequence[str]) -> dict[str, dict[str, int]]:
     return {
-        split: {name: int(sum((c.labels == i).sum() for c in several)) for i, name in enumerate(classes)}
+        split: {name: int(sum(_of_class(c, i) for c in several)) for i, name in enumerate(classes)}
         for split, several in chunks.items()
     }
+
+
+def _of_class(c: LabelledChunk, i: int) -> int:
+    return int((c.labels == i).sum() if c.labels.ndim == 1 else (c.labels[:, i] > 0).sum())
 
 
 def _inline(job: TrainJob, data: Data, start: Start, listen: Listener, record: Mapping[str, Any]) -> TrainResult:
@@ -306,9 +317,10 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
         )
     context, result = _tile(job, items, listen)
     identities = {ended.slide_id: ended.identity for ended in result.ended}
-    chunks: Chunks = {
-        split: _labelled(job, context, [i for i in items if i.split == split], result) for split in ("train", "val")
-    }
+    label = labelled_images if job.whole else _labelled
+    chunks: Chunks = {split: label(job, context, items, split, result) for split in ("train", "val")}
+    if job.whole and (left := left_out(job, items)):
+        listen(Noted(left))
     chunks["train"] = _chosen(job, context, chunks["train"], listen)
     return Data(context, chunks, identities)
 
@@ -332,7 +344,8 @@ def _tile(job: TrainJob, items: Sequence[Item], listen: Listener) -> tuple[Conte
     spec = RunSpec(
         cohort=job.cohort,
         out=job.work,
-        tile=(job.tile,),
+        tile=(job.tile,) if job.tile else (),
+        whole=(job.whole,) if job.whole else (),
         tissue=job.tissue,
         store=job.store,
         executor=job.executor,
@@ -341,25 +354,30 @@ def _tile(job: TrainJob, items: Sequence[Item], listen: Listener) -> tuple[Conte
     if bad := [ended for ended in result.ended if ended.status != "done"]:
         what = "; ".join(f"{ended.slide_id}: {ended.code} {ended.message}" for ended in bad[:5])
         raise ConfigError(f"{len(bad)} slides cannot be trained on: {what}", next_step="Mend or drop these rows.")
-    return Context(job.work, (), job.tissue, job.store, (job.tile,)), result
+    return Context(job.work, (), job.tissue, job.store, spec.tile, None, spec.whole), result
 
 
-def _labelled(job: TrainJob, context: Context, items: Sequence[Item], result: RunResult) -> list[LabelledChunk]:
-    """The chunks of the items' grids with the class of each tile."""
+def _labelled(
+    job: TrainJob, context: Context, items: Sequence[Item], split: str, result: RunResult
+) -> list[LabelledChunk]:
+    """The chunks of the grids of a split's slides with the class of each tile, or its classes."""
     by_id = {ended.slide_id: ended for ended in result.ended}
     stains = {stain: i for i, stain in enumerate(sorted({item.stain or "" for item in items}))}
-    rows = job.store.rows(job.tile.tile_px)
+    rows = job.store.rows(job.shape.tile_px)
     found = []
-    for item in items:
+    for item in (item for item in items if item.split == split):
         for grid in by_id[item.slide_id].laid:
             store = SlideStore(context.out, item.slide_id)
-            labels = class_indices(slide_labels(store, grid, item, job.classes, job.labels))
+            known = slide_labels(store, grid, item, job.classes, job.labels, job.task)
+            labels = known if job.task == "multilabel" else class_indices(known)
             if item.split == "train" and job.sample.stride:
-                labels = thin(labels, store.read(f"grids/{grid}/rowcol"), job.classes, job.sample.stride)
+                labels = thin(
+                    labels.astype(np.int64), store.read(f"grids/{grid}/rowcol"), job.classes, job.sample.stride
+                )
             for start in range(0, len(labels), rows):
                 part = labels[start : start + rows]
-                chunk = Chunk(item, grid, job.tile, start // rows, len(part), ())
-                found.append(LabelledChunk(chunk, part, None, stains[item.stain or ""]))
+                chunk = Chunk(item, grid, job.shape, start // rows, len(part), ())
+                found.append(LabelledChunk(chunk, part, None, stains[item.stain or ""], start))
     return found
 
 
@@ -374,21 +392,27 @@ def _mined(job: TrainJob, context: Context, chunks: list[LabelledChunk], listen:
     spec = job.sample.mine
     if spec is None:
         return chunks
-    rows = job.store.rows(job.tile.tile_px)
-    boxes = {}
+    boxes: dict[int, Any] = {}
+    known: dict[str, list[tuple[Any, Any]]] = {}
     for c in chunks:
         grid = boxes_px0(SlideStore(context.out, c.chunk.item.slide_id), c.chunk.grid)
-        boxes[id(c)] = grid[c.chunk.index * rows :][: c.chunk.tiles]
-    known: dict[str, list[LabelledChunk]] = {}
-    for c in chunks:
-        known.setdefault(c.chunk.item.slide_id, []).append(c)
+        boxes[id(c)] = grid[c.start : c.start + c.chunk.tiles]
+        for name, rows in c.rows_of.items():
+            known.setdefault(name, []).append((boxes[id(c)][rows], c.labels[rows]))
     labels = {
-        name: (np.concatenate([boxes[id(c)] for c in mine_]), np.concatenate([c.labels for c in mine_]))
-        for name, mine_ in known.items()
+        name: (np.concatenate([box for box, _ in parts]), np.concatenate([truth for _, truth in parts]))
+        for name, parts in known.items()
     }
     found = mine(spec, job.classes, labels)
     listen(Noted(f"{found.tiles} of {found.scored} training tiles are hard; they come {found.times} times as often."))
-    return [replace(c, times=found.times_of(c.chunk.item.slide_id, boxes[id(c)])) for c in chunks]
+    return [replace(c, times=_times_of(found, c, boxes[id(c)])) for c in chunks]
+
+
+def _times_of(found: Mined, c: LabelledChunk, boxes: Any) -> Any:
+    times = np.ones(len(c.labels))
+    for name, rows in c.rows_of.items():
+        times[rows] = found.times_of(name, boxes[rows])
+    return times
 
 
 __all__ = ["CrewSpec", "Data", "TrainJob", "TrainResult", "card_of", "prepare", "train"]

@@ -24,6 +24,7 @@ from slideflow_ray.errors import BundleError, ConfigError, NanScore
 from slideflow_ray.models.bundle import BundleCard
 from slideflow_ray.models.networks import AUXILIARY, build, find_head
 from slideflow_ray.models.scorer import settle_gpu, to_margins
+from slideflow_ray.models.seresnet import STEM, SeResNet
 from slideflow_ray.prepare import to_input
 from slideflow_ray.profile import has_bf16
 from slideflow_ray.train.augment import seed_of
@@ -355,6 +356,7 @@ def count_labels(card: BundleCard, source: TileSource, spec: TrainSpec) -> npt.N
         found = [y for _, y, *_ in source.batches(0, spec.batch_size, spec.seed)]
         labels = np.concatenate(found) if found else np.empty(0)
     shape = (len(labels),) if card.task == "classify" else (len(labels), card.n_classes)
+    labels = labels if len(labels) else np.empty(shape)
     if labels.shape != shape:
         raise ConfigError(f"A {card.task} model of {card.n_classes} classes needs labels {shape}, got {labels.shape}.")
     hot = _one_hot(card, labels) if card.task == "classify" else labels
@@ -425,6 +427,9 @@ def _begin_with(net: nn.Module, start: Mapping[str, torch.Tensor], card: BundleC
     own = net.state_dict()
     head = find_head(net, card.n_classes)[0]
     strange = [k for k in own if k not in start or start[k].shape != own[k].shape]
+    if isinstance(net, SeResNet) and all(key.startswith(STEM) for key in start):
+        head, strange = "", [k for k in strange if k.startswith(STEM)]  # no weights exist for its blocks
+        start = {**own, **start}
     wrong = [key for key in strange if not (key.startswith(f"{head}.") or _is_head(own[key], start.get(key), card))]
     more = [key for key in start if key not in own and not key.startswith((f"{head}.", *AUXILIARY))]
     if wrong or more:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from slideflow_ray import storage
+from slideflow_ray.packs import Pack
 from slideflow_ray.specs import digest
 from slideflow_ray.train.checkpoint import result_json
 from slideflow_ray.train.loop import EpochResult, Trained
@@ -31,14 +32,19 @@ def data_record(chunks: Mapping[str, Sequence[LabelledChunk]], identities: Mappi
     """Return which slides, patients and tiles each split has, and a digest of the tiles and how often they come."""
     found: dict[str, Any] = {"slides": {}, "patients": {}, "slide_ids": {}, "digest": {}}
     for split, several in chunks.items():
-        items = {c.chunk.item.slide_id: c.chunk.item for c in several}
+        items = {item.slide_id: item for c in several for item in c.items}
         found["slides"][split] = sorted(identities[name] for name in items)
         found["slide_ids"][split] = sorted(items)
         found["patients"][split] = sorted({getattr(item, "patient", name) for name, item in items.items()})
         found["digest"][split] = digest(
-            [[identities[c.chunk.item.slide_id], c.chunk.grid, c.chunk.index, _bytes(c)] for c in several]
+            [[_identity(c, identities), c.chunk.grid, c.chunk.index, _bytes(c)] for c in several]
         )
     return found
+
+
+def _identity(c: LabelledChunk, identities: Mapping[str, str]) -> str:
+    item = c.chunk.item
+    return item.identity if isinstance(item, Pack) else identities[item.slide_id]
 
 
 def _bytes(c: LabelledChunk) -> str:

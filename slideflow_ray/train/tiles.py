@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import Chunk, Context, OpenSlides, Pixels, read_chunk
 from slideflow_ray.train.augment import augment, augmentation, mix, seed_of
 from slideflow_ray.train.spec import TrainSpec
@@ -63,30 +65,53 @@ def class_indices(labels: npt.NDArray[np.int8]) -> Counts:
 
 @dataclass(frozen=True)
 class LabelledChunk:
-    """A chunk and the class of each of its tiles, int64 (n,); -1 is unknown and left out.
+    """A chunk and the class of each of its tiles, int64 (n,), or of several classes int8 (n, K) of 0 and 1.
 
+    labels : -1 is unknown; a tile of which nothing is known is left out.
     times : how often a tile comes in an epoch, float (n,), 1 if None; of a broken number the rest is a chance.
-    stain : a number for the slide's stain.
+    stain : a number for the slide's stain. start : the chunk's first row in its grid.
     """
 
     chunk: Chunk
-    labels: Counts
+    labels: Labels
     times: npt.NDArray[np.float64] | None = None
     stain: int = 0
+    start: int = 0
+
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """Of which tiles something is known, bool (n,)."""
+        known: npt.NDArray[np.bool_] = (self.labels.reshape(len(self.labels), -1) >= 0).any(axis=1)
+        return known
 
     @property
     def used(self) -> npt.NDArray[np.bool_]:
         """Which tiles can come at all, bool (n,)."""
-        known: npt.NDArray[np.bool_] = self.labels >= 0
-        return known if self.times is None else known & (self.times > 0)
+        return self.known if self.times is None else self.known & (self.times > 0)
+
+    @property
+    def rows_of(self) -> dict[str, slice]:
+        """The rows of each slide_id: all of a slide's chunk, one for each image of a pack."""
+        if not isinstance(self.chunk.item, Pack):
+            return {self.chunk.item.slide_id: slice(None)}
+        here = self.chunk.item.rows[self.start : self.start + len(self.labels)]
+        return {row.item.slide_id: slice(i, i + 1) for i, row in enumerate(here)}
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The rows of the cohort that are in it: the slide, or the images of a pack of which something is known."""
+        if not isinstance(self.chunk.item, Pack):
+            return (self.chunk.item,)
+        here = self.chunk.item.rows[self.start : self.start + len(self.labels)]
+        return tuple(row.item for row, known in zip(here, self.known, strict=True) if known)
 
     def rows(self, epoch: int, seed: int) -> Counts:
         """Return the rows of one epoch, each as often as it comes."""
         if self.times is None:
-            return np.flatnonzero(self.labels >= 0)
+            return np.flatnonzero(self.known)
         where = f"{self.chunk.item.slide_id} {self.chunk.grid} {self.chunk.index}"
         rng = np.random.default_rng(seed_of(seed, epoch, where))
-        times = np.where(self.labels >= 0, self.times, 0.0)
+        times = np.where(self.known, self.times, 0.0)
         whole = np.floor(times)
         often = whole + (rng.random(len(times)) < times - whole)
         return np.repeat(np.arange(len(times)), often.astype(np.int64))
@@ -127,8 +152,9 @@ class ChunkTiles:
         self.__dict__.update(state, _slides=OpenSlides())
 
     def labels(self) -> Labels:
-        """Return the class of every tile that an epoch may show, int64 (n,), each once."""
-        return np.concatenate([np.empty(0, np.int64), *(c.labels[c.used] for c in self.chunks)])
+        """Return the class of every tile that an epoch may show, int64 (n,) or int8 (n, K), each once."""
+        found = [c.labels[c.used] for c in self.chunks]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def share(self, index: int, of: int, *, even: bool) -> ChunkTiles:
         """Return the part of one of several workers."""
@@ -203,7 +229,7 @@ class ChunkTiles:
 
 
 def _weight(c: LabelledChunk) -> float:
-    return float(c.used.sum() if c.times is None else c.times[c.labels >= 0].sum())
+    return float(c.used.sum() if c.times is None else c.times[c.known].sum())
 
 
 def _take(batch: Batch, rows: Counts) -> Batch:
