@@ -554,7 +554,7 @@ def together_px0(regions: Sequence[Region]) -> Any:
     return shapely.union_all([region.geometry for region in regions])
 
 
-def even_odd(shape: Any, corner: tuple[int, int], size: tuple[int, int], px0: float) -> npt.NDArray[np.bool_]:
+def even_odd(shape: Any, corner: tuple[float, float], size: tuple[int, int], px0: float) -> npt.NDArray[np.bool_]:
     """Return a valid polygon or multipolygon as pixels, bool `size` (h, w): true where a pixel's centre is inside.
 
     Pixels are `px0` wide and high, and the first is (row, col) `corner` of the slide's. Each row is crossed by the

@@ -25,8 +25,10 @@ from slideflow_ray.splits import identities_of, lone_note, with_splits
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
 from slideflow_ray.train.crew import Crew
+from slideflow_ray.train.dense import settled, tiles_said, with_seam
 from slideflow_ray.train.images import labelled_images, left_out
 from slideflow_ray.train.loop import EpochResult, Trained, fit
+from slideflow_ray.train.masks import areas_of, mask_slide, shown_by
 from slideflow_ray.train.record import RECORD, Diary, beside, data_record, training_record, versions
 from slideflow_ray.train.sample import Mined, balanced, boxes_px0, mine, thin
 from slideflow_ray.train.spec import CrewSpec, TrainJob, TrainSpec
@@ -59,13 +61,15 @@ class TrainResult:
         counts = ", ".join(f"{n} {split} tiles" for split, n in self.tiles.items())
         line = f"trained on {counts}; best epoch {best.epoch + 1} of {len(self.history)}"
         if best.val:
-            line += f": val loss {best.val.loss:.4f}, accuracy {best.val.accuracy:.3f}, AUC {_or_none(best.val.auc)}"
+            dice = best.val.dice
+            last = f"AUC {_or_none(best.val.auc)}" if dice is None else f"mean Dice {dice:.4f}"
+            line += f": val loss {best.val.loss:.4f}, accuracy {best.val.accuracy:.3f}, {last}"
         return f"{line}\n{'Bundle' if self.changed else 'Nothing to do, the bundle is there'}: {self.bundle}"
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints; epochs count from 0, as in training.json. What is not defined is None."""
         best = self.best
-        val = vars(best.val) if best.val else None
+        val = best.val.said() if best.val else None
         return {
             "bundle": str(self.bundle),
             "changed": self.changed,
@@ -73,7 +77,7 @@ class TrainResult:
             "epochs": len(self.history),
             "best_epoch": best.epoch,
             "train_loss": best.train_loss,
-            "val": val and {name: None if math.isnan(value) else value for name, value in val.items()},
+            "val": val and {name: None if value is None or math.isnan(value) else value for name, value in val.items()},
         }
 
 
@@ -105,6 +109,7 @@ def train(job: TrainJob, listen: Listener = silent, data: Data | None = None, **
     read), SplitLeakError, NanScore, DiskFull.
     """
     check_out(job)
+    job = settled(job)
     start = find_weights(job.fit)
     if start.note:
         listen(Noted(start.note))
@@ -126,6 +131,7 @@ def check_out(job: TrainJob) -> None:
 
 def card_of(job: TrainJob) -> BundleCard:
     """Return the card of the bundle that a job writes. Raises ConfigError."""
+    job = settled(job)
     return BundleCard.parse(
         {
             "name": Path(job.out).name,
@@ -147,7 +153,7 @@ def shape_of(job: TrainJob) -> dict[str, Any]:
     """Return what the card says of tiles: their size and scale, or that images come in one piece."""
     tile = job.shape
     scale = {"mpp": tile.mpp} if isinstance(tile, TileSpec) else {"whole": tile.fit}
-    return {"tile_px": tile.tile_px, **scale}
+    return {"tile_px": tile.tile_px, **scale, **(tiles_said(job) if job.task == "segment" else {})}
 
 
 # one training
@@ -216,10 +222,16 @@ class _Training:
             **self.record,
         )
         files = beside(trained, record)
-        write_bundle(Path(self.job.out), self.card, trained.state_dict, overwrite=self.job.overwrite, beside=files)
+        card = with_seam(self.card, trained.state_dict, self._example()) if self.card.seam else self.card
+        write_bundle(Path(self.job.out), card, trained.state_dict, overwrite=self.job.overwrite, beside=files)
         for checkpoint in self.folder.glob("epoch-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
         return TrainResult(Path(self.job.out), trained.history, trained.best_epoch, self.tiles())
+
+    def _example(self) -> Any:
+        """A tile to measure seams on: one of val, or of train where that has none."""
+        source = self.data.source("val" if len(self.data.source("val")) else "train")
+        return next(iter(source.batches(0, 1, 0))).pixels[0]
 
 
 def _by_class(chunks: Chunks, classes: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -296,7 +308,7 @@ def _on_ray(job: TrainJob, data: Data, start: Start, listen: Listener, record: M
 
 def _event(result: EpochResult, epochs: int) -> EpochTrained:
     val = result.val
-    scores = (val.loss, val.auc) if val else (None, None)
+    scores = (val.loss, val.auc, val.dice) if val else (None, None)
     return EpochTrained(result.epoch + 1, epochs, result.train_loss, *scores)
 
 
@@ -308,6 +320,7 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
 
     Raises ConfigError, SplitLeakError.
     """
+    job = settled(job)
     everyone = _split(job, listen)
     items = [item for item in everyone if item.split in ("train", "val")]
     if not any(item.split == "train" for item in items):
@@ -368,6 +381,9 @@ def _labelled(
     for item in (item for item in items if item.split == split):
         for grid in by_id[item.slide_id].laid:
             store = SlideStore(context.out, item.slide_id)
+            if job.task == "segment":
+                found += _masked(job, store, grid, item, stains[item.stain or ""])
+                continue
             known = slide_labels(store, grid, item, job.classes, job.labels, job.task)
             labels = known if job.task == "multilabel" else class_indices(known)
             if item.split == "train" and job.sample.stride:
@@ -378,6 +394,24 @@ def _labelled(
                 part = labels[start : start + rows]
                 chunk = Chunk(item, grid, job.shape, start // rows, len(part), ())
                 found.append(LabelledChunk(chunk, part, None, stains[item.stain or ""], start))
+    return found
+
+
+def _masked(job: TrainJob, store: SlideStore, grid: str, item: Item, stain: int) -> list[LabelledChunk]:
+    """The chunks of a slide with their masks; empty where nothing is known of it."""
+    rows, n = job.store.rows(job.shape.tile_px), len(store.read(f"grids/{grid}/item"))
+    node = mask_slide(store, grid, item, job.classes, job.labels, job.store, job.shape.tile_px) if n else None
+    if node is None:
+        return []
+    areas = np.concatenate([areas_of(store.read(node, i), len(job.classes)) for i in range(-(-n // rows))])
+    labels = shown_by(areas)
+    if item.split == "train" and job.sample.stride:
+        labels = thin(labels, store.read(f"grids/{grid}/rowcol"), job.classes, job.sample.stride)
+    found = []
+    for start in range(0, n, rows):
+        here = slice(start, start + rows)
+        chunk = Chunk(item, grid, job.shape, start // rows, len(labels[here]), ())
+        found.append(LabelledChunk(chunk, labels[here], None, stain, start, node, areas[here]))
     return found
 
 

@@ -49,7 +49,7 @@ def _identity(c: LabelledChunk, identities: Mapping[str, str]) -> str:
 
 def _bytes(c: LabelledChunk) -> str:
     times = np.ones(len(c.labels)) if c.times is None else c.times
-    return digest([c.labels.tolist(), times.tolist(), c.stain])
+    return digest([c.labels.tolist(), times.tolist(), c.stain, *([c.masks] if c.masks else [])])
 
 
 class Diary:
@@ -103,6 +103,7 @@ def scalars(result: EpochResult) -> dict[str, float]:
         found["tiles_per_second"] = result.tiles / result.seconds
     if result.val:
         found |= {"loss/val": result.val.loss, "accuracy/val": result.val.accuracy, "auc/val": result.val.auc}
+        found |= {"dice/val": result.val.dice} if result.val.dice is not None else {}
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
@@ -137,6 +138,9 @@ def draw_curves(trained: Trained) -> bytes:
         if any(r.val for r in history):
             val = [getattr(r.val, what) if r.val else math.nan for r in history]
             axes.plot(x, val, "s-", ms=3, color="#D55E00", label="validation")
+        if what == "accuracy" and any(r.val and r.val.dice is not None for r in history):
+            dice = [r.val.dice if r.val and r.val.dice is not None else math.nan for r in history]
+            axes.plot(x, dice, "^-", ms=3, color="#009E73", label="validation, mean Dice")
         axes.axvline(
             trained.best_epoch + 1, color="#777777", lw=1, ls=":", label=f"kept: epoch {trained.best_epoch + 1}"
         )

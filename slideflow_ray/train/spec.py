@@ -211,6 +211,8 @@ class TrainJob(Spec):
             raise ValueError("sample.stride thins the tiles of slides; whole images have no neighbours")
         if self.whole and self.task == "segment":
             raise ValueError('task = "segment" needs tiles, not whole images')
+        if self.task == "segment" and self.fit.augment.mixup:
+            raise ValueError("mixup mixes whole tiles, and a pixel of two tiles has no single class")
         if self.task == "multilabel" and (self.fit.sampling == "balanced" or self.sample.stride or self.sample.mine):
             raise ValueError('sampling = "balanced", sample.stride and sample.mine need one class for each tile')
         return self

@@ -15,7 +15,8 @@ from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import Chunk, Context, OpenSlides, Pixels, read_chunk
-from slideflow_ray.train.augment import augment, augmentation, mix, seed_of
+from slideflow_ray.store import SlideStore
+from slideflow_ray.train.augment import augment, augment_both, augmentation, mix, seed_of
 from slideflow_ray.train.spec import TrainSpec
 
 Labels = npt.NDArray[Any]
@@ -35,7 +36,8 @@ class TileSource(Protocol):
     """Tiles with labels, in batches; `len` is the number of tiles in an epoch.
 
     `batches` yields a Batch, or its first two parts: uint8 (b, T, T, 3) with int64 (b,) class indices (classify) or
-    float (b, K) of 0 and 1, where a negative or NaN entry means unknown (multilabel). Equal arguments give equal
+    float (b, K) of 0 and 1, where a negative or NaN entry means unknown (multilabel), or uint8 (b, T, T), 255 unknown
+    (segment). Equal arguments give equal
     batches; training asks for every epoch in another order, validation always for epoch 0.
     """
 
@@ -70,6 +72,8 @@ class LabelledChunk:
     labels : -1 is unknown; a tile of which nothing is known is left out.
     times : how often a tile comes in an epoch, float (n,), 1 if None; of a broken number the rest is a chance.
     stain : a number for the slide's stain. start : the chunk's first row in its grid.
+    masks : for a segmentation the node of the tiles' masks, and areas : their pixels by class, int64 (n, K); then
+    `labels` is what a tile shows (see `masks.shown_by`).
     """
 
     chunk: Chunk
@@ -77,6 +81,8 @@ class LabelledChunk:
     times: npt.NDArray[np.float64] | None = None
     stain: int = 0
     start: int = 0
+    masks: str | None = None
+    areas: Counts | None = None
 
     @property
     def known(self) -> npt.NDArray[np.bool_]:
@@ -152,8 +158,11 @@ class ChunkTiles:
         self.__dict__.update(state, _slides=OpenSlides())
 
     def labels(self) -> Labels:
-        """Return the class of every tile that an epoch may show, int64 (n,) or int8 (n, K), each once."""
-        found = [c.labels[c.used] for c in self.chunks]
+        """Return the class of every tile that an epoch may show, int64 (n,) or int8 (n, K), each once.
+
+        For a segmentation the pixels of each class in it, int64 (n, K).
+        """
+        found = [(c.labels if c.areas is None else c.areas)[c.used] for c in self.chunks]
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def share(self, index: int, of: int, *, even: bool) -> ChunkTiles:
@@ -225,7 +234,10 @@ class ChunkTiles:
 
     def _load(self, c: LabelledChunk, rows: Counts) -> Batch:
         pixels = read_chunk(self.context, c.chunk, self._slides)[rows]
-        return Batch(pixels, c.labels[rows], np.full(len(rows), c.stain, np.int64))
+        labels = c.labels[rows]
+        if c.masks is not None:
+            labels = SlideStore(self.context.out, c.chunk.item.slide_id).read(c.masks, c.chunk.index)[rows]
+        return Batch(pixels, labels, np.full(len(rows), c.stain, np.int64))
 
 
 def _weight(c: LabelledChunk) -> float:
@@ -293,9 +305,13 @@ class Prepared:
             where = f"{step}" if not self.stream else f"{step} of {self.stream}"
             if spec.augment.mixup:
                 pixels = mix(pixels, _kinds(batch), spec.augment.mixup, seed_of(spec.seed, epoch, f"mix {where}"))
-            if transform:
-                pixels = augment(pixels, transform, seed_of(spec.seed, epoch, f"augment {where}"))
-            yield pixels, batch.labels
+            labels = batch.labels
+            seed = seed_of(spec.seed, epoch, f"augment {where}")
+            if transform and labels.ndim == 3:
+                pixels, labels = augment_both(pixels, labels, transform, seed)
+            elif transform:
+                pixels = augment(pixels, transform, seed)
+            yield pixels, labels
 
 
 def _kinds(batch: Batch) -> npt.NDArray[Any]:
