@@ -252,6 +252,8 @@ class SplitSpec(Spec):
 
     parts : shares of train, val and test, as 6:2:2 or 70/15/15.
     folds : number of folds: `fold` is test, the next one is val, the rest train.
+    mode : "paper" splits by image in a training, copies of one image and images of one patient apart: the mistake of
+        source 001, for its reproduction only. It leaks, and all that comes of it says so.
     """
 
     parts: str | None = None
@@ -259,9 +261,12 @@ class SplitSpec(Spec):
     fold: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
     stratify: Literal["label", "none"] = "label"
+    mode: Literal["patient", "paper"] = "patient"
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
+        if self.mode == "paper" and self.parts is None:
+            raise ValueError('mode = "paper" needs parts, as 6:2:2')
         if self.parts is not None:
             parts_of(self.parts)
         if self.parts is not None and self.folds is not None:

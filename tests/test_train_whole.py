@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,16 +17,22 @@ from sklearn.metrics import roc_auc_score
 
 from slideflow_ray.accounting import read_run
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import ConfigError
+from slideflow_ray.errors import CohortError, ConfigError
 from slideflow_ray.evaluate import evaluate
 from slideflow_ray.models.bundle import load_weights, read_card
+from slideflow_ray.models.networks import build
 from slideflow_ray.run import run
-from slideflow_ray.specs import RunSpec
+from slideflow_ray.specs import RunSpec, WholeSpec
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train import job as job_module
+from slideflow_ray.train.choose import SearchSpec, search
+from slideflow_ray.train.enlarge import enlarge
 from slideflow_ray.train.images import image_labels
 from slideflow_ray.train.job import train
 from slideflow_ray.train.spec import TrainJob
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))
+import table1
 
 CLASSES = ("Normal", "MsPGN", "FSG", "CGN")
 SIDE = 32
@@ -215,6 +222,123 @@ def test_a_multilabel_network_finds_both_lesions(cohort, tmp_path):
         assert found[name].auc > 0.95
 
 
+# more images, and the paper's own split
+
+
+def test_the_training_split_alone_is_enlarged_and_written_once(cohort, tmp_path):
+    job = job_of(cohort, tmp_path, sample={"enlarge": 4}, fit={"epochs": 1})
+    said = []
+    result = train(job, listen=said.append)
+    rows = list(csv.DictReader(cohort.read_text().splitlines()))
+    own = {r["slide_id"]: r for r in rows if r["split"] == "train"}
+    single = [r for r in own.values() if "+" not in r["label"]]
+    assert result.tiles["train"] == 5 * len(single)
+    assert result.tiles["val"] == sum(r["split"] == "val" and "+" not in r["label"] for r in rows)
+    record = json.loads((result.bundle / "training.json").read_text())["data"]
+    assert set(record["patients"]["train"]) == {r["patient_id"] for r in own.values()}
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "enlarged").rglob("*.png")}
+    assert len(written) == 4 * len(own)
+    assert {path.stem.split("~")[0] for path in written} == set(own)
+    train(job_of(cohort, tmp_path, out=str(tmp_path / "again"), sample={"enlarge": 4}, fit={"epochs": 1}))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "enlarged").rglob("*.png")} == written
+    assert any(f"{4 * len(own)} synthetic images beside {len(own)}" in getattr(e, "text", "") for e in said)
+
+
+def test_a_copy_is_what_its_number_says(tmp_path):
+    items = []
+    for i, (label, stain) in enumerate([("a", "he"), ("a", "he"), ("b", "he"), ("a", "pas")]):
+        pixels = np.full((16, 16, 3), 40 + 50 * i, np.uint8)
+        pixels[:, :8] += 30
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        items.append(Item(slide_id=str(i), uri=str(tmp_path / f"{i}.png"), label=label, stain=stain, split="train"))
+    copies = enlarge(items, 4, tmp_path / "more", WholeSpec(tile_px=16, fit="squash"), 0)
+    assert [c.slide_id for c in copies[:5]] == ["0~1", "0~2", "0~3", "0~4", "1~1"]
+    read = [np.asarray(Image.open(c.uri)).astype(int) for c in copies]
+    own = [np.asarray(Image.open(i.uri)).astype(int) for i in items]
+    for place, copy in enumerate(copies):
+        i, kind = divmod(place, 4)
+        assert (copy.label, copy.stain, copy.split, copy.patient) == (items[i].label, items[i].stain, "train", str(i))
+        difference = read[place] - own[i]
+        if kind == 0:  # turned: the colours stay, mirrored at the edge
+            assert set(np.unique(read[place])) <= set(range(own[i].min(), own[i].max() + 1))
+            assert np.abs(difference).max() > 20
+        if kind == 1:
+            assert 4 < difference.std() < 16
+        if kind == 2 and i < 2:  # between the two of class a in HE, never of class b or PAS
+            low, high = np.minimum(own[0], own[1]), np.maximum(own[0], own[1])
+            assert ((read[place] >= low) & (read[place] <= high)).all()
+        if kind == 2 and i >= 2:
+            assert set(np.unique(read[place])) <= set(range(own[i].min(), own[i].max() + 1))
+    taken = items[0].model_copy(update={"slide_id": "0~1"})
+    with pytest.raises(CohortError, match="0~1"):
+        enlarge([*items, taken], 1, tmp_path / "other", WholeSpec(tile_px=16, fit="squash"), 0)
+
+
+def test_the_paper_s_split_leaks_and_says_so_everywhere(cohort, tmp_path, capsys):
+    split = {"parts": "6:2:2", "mode": "paper"}
+    said = []
+    job = job_of(cohort, tmp_path, split=split, sample={"enlarge": 2}, fit={"epochs": 1})
+    result = train(job, listen=said.append)
+    rows = list(csv.DictReader((tmp_path / "work" / "LEAKING_split.csv").read_text().splitlines()))
+    assert len(rows) == 81 * 3
+    assert "patient_id" not in rows[0]  # which would refuse the split, as it should
+    of = {r["slide_id"]: r["split"] for r in rows}
+    assert any(of[f"Normal{i}"] != of[f"Normal{i}~1"] for i in range(18))
+    assert 0.57 < sum(s == "train" for s in of.values()) / len(of) < 0.63
+    record = json.loads((result.bundle / "training.json").read_text())
+    assert set(record["data"]["patients"]["train"]) & set(record["data"]["patients"]["val"])
+    assert record["leaking"].startswith("LEAKING")
+    assert result.summary().startswith("LEAKING")
+    assert "LEAKING" in result.to_json()["leaking"]
+    assert "LEAKING" in read_card(result.bundle).description
+    assert any("LEAKING" in getattr(e, "text", "") for e in said)
+    assert train(job).leaking  # known again
+    clean = train(job_of(cohort, tmp_path / "clean", fit={"epochs": 1}))
+    assert "leaking" not in json.loads((clean.bundle / "training.json").read_text())
+    assert (clean.bundle / "curves.png").stat().st_size != (result.bundle / "curves.png").stat().st_size
+
+
+def test_table_1_has_parameters_size_and_accuracy_of_each_architecture(cohort, tmp_path, capsys):
+    text = f"""cohort = "{cohort}"
+out = "{tmp_path / "best"}"
+work = "{tmp_path / "work"}"
+classes = ["Normal", "MsPGN", "FSG", "CGN"]
+whole = {{tile_px = 32, fit = "squash"}}
+[fit]
+architecture = "se-resnet"
+arguments = {{depth = [1, 1, 1, 1]}}
+epochs = 1
+threads = 1
+"""
+    (tmp_path / "train.toml").write_text(text)
+    names = ["small-cnn", "timm:test_resnet", "se-resnet"]
+    given = [str(tmp_path / "train.toml"), "--architectures", ",".join(names), "--out", str(tmp_path / "run")]
+    assert table1.main(given) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("bundle") and "parameters (M)" in line)
+    assert "test accuracy" in lines[head]
+    found = json.loads((tmp_path / "run" / "compare.json").read_text())["bundles"]
+    for name, line, one in zip(names, lines[head + 1 :], found, strict=False):
+        weights = load_weights(one["path"])
+        arguments = {"depth": [1, 1, 1, 1]} if name == "se-resnet" else {}
+        count = sum(p.numel() for p in build(name, arguments, 4).parameters())
+        size = sum(w.numel() * w.element_size() for w in weights.values())
+        cells = line.split()
+        assert cells[1:3] == [name, f"{count / 1e6:.2f}"] == [one["architecture"], f"{one['parameters'] / 1e6:.2f}"]
+        assert float(cells[3]) == pytest.approx(size / 1e6, abs=0.1)
+        accuracy = next(m for m in one["measured"] if m["level"] == "tile")["values"]["accuracy"]
+        assert float(cells[4]) == pytest.approx(accuracy, abs=1e-4)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_settings_are_searched_on_whole_images(local_ray, cohort, tmp_path):
+    spec = SearchSpec(lr=(1e-6, 1e-2), freeze=(0.0, 100.0), epochs=1)
+    result, found = search(job_of(cohort, tmp_path, fit={"epochs": 1}), spec)
+    assert [c.settings for c in found] == [{"lr": lr, "freeze": f} for lr in (1e-6, 1e-2) for f in (0.0, 100.0)]
+    assert result.best.val.loss == pytest.approx(min(c.loss for c in found), abs=1e-6)
+
+
 # what is refused
 
 
@@ -225,6 +349,8 @@ def test_a_multilabel_network_finds_both_lesions(cohort, tmp_path):
         ({"tile": {"tile_px": 32, "mpp": 1.0}}, "either tile"),
         ({"sample": {"stride": {"FSG": 2}}}, "no neighbours"),
         ({"task": "segment"}, "needs tiles"),
+        ({"whole": None, "tile": {"tile_px": 32, "mpp": 1.0}, "sample": {"enlarge": 4}}, "is for whole images"),
+        ({"split": {"mode": "paper"}}, "needs parts"),
         ({"task": "multilabel", "fit": {"sampling": "balanced"}}, "one class for each tile"),
     ],
 )

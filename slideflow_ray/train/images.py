@@ -10,14 +10,23 @@ import numpy.typing as npt
 
 from slideflow_ray.accounting import RunResult
 from slideflow_ray.annotations import class_of, classes_of
-from slideflow_ray.cohort import Item
+from slideflow_ray.cohort import Item, read_cohort
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.events import Listener, Noted
 from slideflow_ray.packs import Pack, pack_items
 from slideflow_ray.pipeline import Chunk, Context
+from slideflow_ray.splits import with_splits, write_items
+from slideflow_ray.train.enlarge import enlarge
 from slideflow_ray.train.spec import TrainJob
 from slideflow_ray.train.tiles import LabelledChunk, Labels
 
 GRIDS = "grids/"
+
+LEAKING = (
+    "LEAKING split (paper): copies of one image and images of one patient lie on both sides. "
+    "This is for reproduction only and says nothing about new patients."
+)
+"""What a training by image says wherever it is shown: in the record, on its curves, on the card, on the terminal."""
 
 
 def labelled_images(
@@ -89,3 +98,47 @@ def left_out(job: TrainJob, items: Sequence[Item]) -> str:
         return ""
     hint = ' task = "multilabel" takes images of several classes.' if several else ""
     return f"Left out of {len(items)} images: {'; '.join(said)}.{hint}"
+
+
+def leaks(job: TrainJob) -> bool:
+    """Return whether the job splits by image, as source 001 did."""
+    return job.split.mode == "paper"
+
+
+def leaking_split(job: TrainJob, listen: Listener) -> list[Item]:
+    """Return the cohort, enlarged first if it is to be, split by image as if each were a patient.
+
+    It is written to `work` without patients, so that runs and evaluations take it.
+    """
+    listen(Noted(LEAKING))
+    items = [item.model_copy(update={"split": None}) for item in read_cohort(job.cohort, check=False)]
+    if job.sample.enlarge:
+        items += more_images(job, items, listen)
+    alone = [item.model_copy(update={"patient_id": None}) for item in items]
+    done = with_splits(alone, **job.split.model_dump(exclude={"mode"}), classes=job.classes)
+    write_split(job, done)
+    return [item.model_copy(update={"patient_id": old.patient_id}) for item, old in zip(done, items, strict=True)]
+
+
+def judged_cohort(job: TrainJob) -> Path:
+    """Return the cohort whose test split a job's bundles are judged on: its own, or what `write_split` wrote."""
+    if job.split.parts is None and job.split.folds is None:
+        return Path(job.cohort)
+    return Path(job.work) / ("LEAKING_split.csv" if leaks(job) else "split.csv")
+
+
+def write_split(job: TrainJob, items: Sequence[Item]) -> Path:
+    """Write the cohort with the job's own split to `work`, for those who score and judge its test split."""
+    path = judged_cohort(job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_items(path, items)
+    return path
+
+
+def more_images(job: TrainJob, items: Sequence[Item], listen: Listener) -> list[Item]:
+    """Return the rows of the synthetic images beside `items`, which are written below `work`/enlarged."""
+    if job.whole is None:
+        return []
+    found = enlarge(items, job.sample.enlarge, Path(job.work) / "enlarged", job.whole, job.fit.seed)
+    listen(Noted(f"{len(found)} synthetic images beside {len(items)} (rotation, noise, mixup)"))
+    return found

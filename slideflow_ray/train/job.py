@@ -26,7 +26,15 @@ from slideflow_ray.store import SlideStore
 from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
 from slideflow_ray.train.crew import Crew
 from slideflow_ray.train.dense import settled, tiles_said, with_seam
-from slideflow_ray.train.images import labelled_images, left_out
+from slideflow_ray.train.images import (
+    LEAKING,
+    labelled_images,
+    leaking_split,
+    leaks,
+    left_out,
+    more_images,
+    write_split,
+)
 from slideflow_ray.train.loop import EpochResult, Trained, fit
 from slideflow_ray.train.masks import areas_of, mask_slide, shown_by
 from slideflow_ray.train.record import RECORD, Diary, beside, data_record, training_record, versions
@@ -49,6 +57,7 @@ class TrainResult:
     best_epoch: int
     tiles: dict[str, int]
     changed: bool = True
+    leaking: str = ""
 
     @property
     def best(self) -> EpochResult:
@@ -64,6 +73,7 @@ class TrainResult:
             dice = best.val.dice
             last = f"AUC {_or_none(best.val.auc)}" if dice is None else f"mean Dice {dice:.4f}"
             line += f": val loss {best.val.loss:.4f}, accuracy {best.val.accuracy:.3f}, {last}"
+        line = f"{self.leaking}\n{line}" if self.leaking else line
         return f"{line}\n{'Bundle' if self.changed else 'Nothing to do, the bundle is there'}: {self.bundle}"
 
     def to_json(self) -> dict[str, Any]:
@@ -73,6 +83,7 @@ class TrainResult:
         return {
             "bundle": str(self.bundle),
             "changed": self.changed,
+            **({"leaking": self.leaking} if self.leaking else {}),
             "tiles": self.tiles,
             "epochs": len(self.history),
             "best_epoch": best.epoch,
@@ -92,6 +103,7 @@ class Data:
     context: Context
     chunks: Chunks
     identities: Mapping[str, str]
+    leaking: str = ""
 
     def source(self, split: str) -> ChunkTiles:
         """Return a split's tiles."""
@@ -143,7 +155,7 @@ def card_of(job: TrainJob) -> BundleCard:
             "mean": IMAGENET_MEAN,
             "std": IMAGENET_STD,
             "licence": job.licence,
-            "description": f"trained on {Path(job.cohort).name}",
+            "description": f"trained on {Path(job.cohort).name}" + (f". {LEAKING}" if leaks(job) else ""),
         },
         "the bundle to be written",
     )
@@ -198,7 +210,8 @@ class _Training:
         found = storage.read_json(Path(self.job.out) / RECORD)
         if found and found.get("digest") == self.digest:
             history = tuple(result_of({"seconds": 0.0, **epoch}) for epoch in found["epochs"])
-            return TrainResult(Path(self.job.out), history, found["best_epoch"], found["tiles"], changed=False)
+            last = (found["best_epoch"], found["tiles"], False, self.data.leaking)
+            return TrainResult(Path(self.job.out), history, *last)
         if found and not self.job.overwrite:
             raise ConfigError(
                 f"{self.job.out} holds the bundle of another training.",
@@ -219,6 +232,7 @@ class _Training:
             data=data_record(self.data.chunks, self.data.identities),
             tiles=self.tiles(),
             tiles_by_class=_by_class(self.data.chunks, self.card.classes),
+            **({"leaking": self.data.leaking} if self.data.leaking else {}),
             **self.record,
         )
         files = beside(trained, record)
@@ -226,7 +240,8 @@ class _Training:
         write_bundle(Path(self.job.out), card, trained.state_dict, overwrite=self.job.overwrite, beside=files)
         for checkpoint in self.folder.glob("epoch-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
-        return TrainResult(Path(self.job.out), trained.history, trained.best_epoch, self.tiles())
+        result = TrainResult(Path(self.job.out), trained.history, trained.best_epoch, self.tiles())
+        return replace(result, leaking=self.data.leaking)
 
     def _example(self) -> Any:
         """A tile to measure seams on: one of val, or of train where that has none."""
@@ -328,6 +343,8 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
             f"{job.cohort} has no rows with split = train.",
             next_step="slideflow-ray split COHORT.csv --parts 6:2:2 --out SPLIT.csv, or a table [split] in train.toml.",
         )
+    if job.sample.enlarge and not leaks(job):
+        items += more_images(job, [item for item in items if item.split == "train"], listen)
     context, result = _tile(job, items, listen)
     identities = {ended.slide_id: ended.identity for ended in result.ended}
     label = labelled_images if job.whole else _labelled
@@ -335,16 +352,20 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
     if job.whole and (left := left_out(job, items)):
         listen(Noted(left))
     chunks["train"] = _chosen(job, context, chunks["train"], listen)
-    return Data(context, chunks, identities)
+    return Data(context, chunks, identities, LEAKING if leaks(job) else "")
 
 
 def _split(job: TrainJob, listen: Listener) -> list[Item]:
     """The cohort with the job's own split, or that of its column; no patient and no file, test's too, on two sides."""
+    if leaks(job):
+        return leaking_split(job, listen)
     own = job.split.parts is not None or job.split.folds is not None
     items = read_cohort(job.cohort, check=not own)
     identities = identities_of(items)
     if own:
-        everyone = with_splits(items, **job.split.model_dump(), classes=job.classes, identities=identities)
+        how = job.split.model_dump(exclude={"mode"})
+        everyone = with_splits(items, **how, classes=job.classes, identities=identities)
+        write_split(job, everyone)
     else:
         everyone = list(items)
         check_splits(everyone, identities)

@@ -451,7 +451,7 @@ def _one_hot(card: BundleCard, labels: Labels) -> Labels:
 
 
 def _class_weights(card: BundleCard, spec: TrainSpec, counts: npt.NDArray[np.int64]) -> torch.Tensor | None:
-    """Return N / (K * n_c) as scikit-learn's "balanced" (of pixels for segment), for multilabel tiles without over with.
+    """Return N / (K * n_c) as scikit-learn's "balanced" (of pixels for segment); for multilabel tiles without / with.
 
     Balanced sampling has made the classes equal already.
     """

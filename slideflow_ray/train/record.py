@@ -121,12 +121,15 @@ def beside(trained: Trained, record: Mapping[str, Any]) -> dict[str, bytes]:
     return {
         RECORD: storage.to_json(record),
         METRICS: metrics_jsonl(trained.history),
-        CURVES: draw_curves(trained),
+        CURVES: draw_curves(trained, record.get("leaking", "")),
     }
 
 
-def draw_curves(trained: Trained) -> bytes:
-    """Return a PNG of loss and accuracy by epoch, training and validation, with the kept epoch marked."""
+def draw_curves(trained: Trained, warning: str = "") -> bytes:
+    """Return a PNG of loss and accuracy by epoch, training and validation, with the kept epoch marked.
+
+    warning : what stands above in red.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -149,6 +152,8 @@ def draw_curves(trained: Trained) -> bytes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
+    if warning:
+        figure.suptitle(warning, color="#B00020", fontsize=8, wrap=True)
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

@@ -144,10 +144,13 @@ class SampleSpec(Spec):
 
     stride : for a class, every how manyeth row and column of tiles is used (1: all), {"normal": 10, "tumor": 4}
     in 004. Validation is never thinned.
+    enlarge : so many synthetic images beside each whole image of the training split, written once (001: 4); by default
+    images are changed anew in every epoch, as `fit.augment` says.
     """
 
     stride: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
     mine: MineSpec | None = None
+    enlarge: Annotated[int, Field(ge=0, le=20)] = 0
 
 
 class CrewSpec(Spec):
@@ -209,6 +212,10 @@ class TrainJob(Spec):
             raise ValueError("give either tile (tile_px, mpp) or whole (tile_px, fit) for images in one piece")
         if self.whole and self.sample.stride:
             raise ValueError("sample.stride thins the tiles of slides; whole images have no neighbours")
+        if self.tile and self.sample.enlarge:
+            raise ValueError("sample.enlarge is for whole images; tiles of slides are changed in every epoch")
+        if self.tile and self.split.mode == "paper":
+            raise ValueError('split.mode = "paper" is for whole images')
         if self.whole and self.task == "segment":
             raise ValueError('task = "segment" needs tiles, not whole images')
         if self.task == "segment" and self.fit.augment.mixup:
