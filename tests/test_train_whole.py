@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from slideflow_ray import cli
 from slideflow_ray.accounting import read_run
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import CohortError, ConfigError
@@ -28,7 +29,7 @@ from slideflow_ray.train import job as job_module
 from slideflow_ray.train.choose import SearchSpec, search
 from slideflow_ray.train.enlarge import enlarge
 from slideflow_ray.train.images import image_labels
-from slideflow_ray.train.job import train
+from slideflow_ray.train.job import prepare, train
 from slideflow_ray.train.spec import TrainJob
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))
@@ -71,6 +72,11 @@ def write_crops(folder: Path, n: int, mixed: int = 0, stain: str = "") -> Path:
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory) -> Path:
     return write_crops(tmp_path_factory.mktemp("crops"), 18, 9)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    return write_crops(tmp_path_factory.mktemp("few"), 9)
 
 
 def job_of(cohort: Path, out: Path, **settings) -> TrainJob:
@@ -225,9 +231,9 @@ def test_a_multilabel_network_finds_both_lesions(cohort, tmp_path):
 # more images, and the paper's own split
 
 
-def test_the_training_split_alone_is_enlarged_and_written_once(cohort, tmp_path):
+def test_the_training_split_alone_is_enlarged_and_written_once(few, tmp_path):
+    cohort, said = few, []
     job = job_of(cohort, tmp_path, sample={"enlarge": 4}, fit={"epochs": 1})
-    said = []
     result = train(job, listen=said.append)
     rows = list(csv.DictReader(cohort.read_text().splitlines()))
     own = {r["slide_id"]: r for r in rows if r["split"] == "train"}
@@ -239,7 +245,7 @@ def test_the_training_split_alone_is_enlarged_and_written_once(cohort, tmp_path)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "enlarged").rglob("*.png")}
     assert len(written) == 4 * len(own)
     assert {path.stem.split("~")[0] for path in written} == set(own)
-    train(job_of(cohort, tmp_path, out=str(tmp_path / "again"), sample={"enlarge": 4}, fit={"epochs": 1}))
+    prepare(job)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "enlarged").rglob("*.png")} == written
     assert any(f"{4 * len(own)} synthetic images beside {len(own)}" in getattr(e, "text", "") for e in said)
 
@@ -274,16 +280,17 @@ def test_a_copy_is_what_its_number_says(tmp_path):
         enlarge([*items, taken], 1, tmp_path / "other", WholeSpec(tile_px=16, fit="squash"), 0)
 
 
-def test_the_paper_s_split_leaks_and_says_so_everywhere(cohort, tmp_path, capsys):
+def test_the_paper_s_split_leaks_and_says_so_everywhere(few, tmp_path):
+    cohort = few
     split = {"parts": "6:2:2", "mode": "paper"}
     said = []
     job = job_of(cohort, tmp_path, split=split, sample={"enlarge": 2}, fit={"epochs": 1})
     result = train(job, listen=said.append)
     rows = list(csv.DictReader((tmp_path / "work" / "LEAKING_split.csv").read_text().splitlines()))
-    assert len(rows) == 81 * 3
+    assert len(rows) == 36 * 3
     assert "patient_id" not in rows[0]  # which would refuse the split, as it should
     of = {r["slide_id"]: r["split"] for r in rows}
-    assert any(of[f"Normal{i}"] != of[f"Normal{i}~1"] for i in range(18))
+    assert any(of[f"Normal{i}"] != of[f"Normal{i}~1"] for i in range(9))
     assert 0.57 < sum(s == "train" for s in of.values()) / len(of) < 0.63
     record = json.loads((result.bundle / "training.json").read_text())
     assert set(record["data"]["patients"]["train"]) & set(record["data"]["patients"]["val"])
@@ -298,8 +305,8 @@ def test_the_paper_s_split_leaks_and_says_so_everywhere(cohort, tmp_path, capsys
     assert (clean.bundle / "curves.png").stat().st_size != (result.bundle / "curves.png").stat().st_size
 
 
-def test_table_1_has_parameters_size_and_accuracy_of_each_architecture(cohort, tmp_path, capsys):
-    text = f"""cohort = "{cohort}"
+def test_table_1_has_parameters_size_and_accuracy_of_each_architecture(few, tmp_path, capsys):
+    text = f"""cohort = "{few}"
 out = "{tmp_path / "best"}"
 work = "{tmp_path / "work"}"
 classes = ["Normal", "MsPGN", "FSG", "CGN"]
@@ -332,9 +339,9 @@ threads = 1
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_settings_are_searched_on_whole_images(local_ray, cohort, tmp_path):
+def test_settings_are_searched_on_whole_images(local_ray, few, tmp_path):
     spec = SearchSpec(lr=(1e-6, 1e-2), freeze=(0.0, 100.0), epochs=1)
-    result, found = search(job_of(cohort, tmp_path, fit={"epochs": 1}), spec)
+    result, found = search(job_of(few, tmp_path, fit={"epochs": 1}), spec)
     assert [c.settings for c in found] == [{"lr": lr, "freeze": f} for lr in (1e-6, 1e-2) for f in (0.0, 100.0)]
     assert result.best.val.loss == pytest.approx(min(c.loss for c in found), abs=1e-6)
 
@@ -364,3 +371,18 @@ def test_an_image_that_cannot_be_read_ends_the_training_and_is_named(cohort, tmp
     (tmp_path / "bad" / "FSG0.png").write_text("no image")
     with pytest.raises(ConfigError, match="FSG0: E_"):
         train(job_of(tmp_path / "bad" / "cohort.csv", tmp_path))
+
+
+def test_the_command_line_trains_on_whole_images_of_several_classes(few, tmp_path, capsys, monkeypatch):
+    jobs = []
+    monkeypatch.setattr("slideflow_ray.cli.training._finish_training", lambda job, *_, **__: jobs.append(job))
+    given = ["train", "--cohort", str(few), "--out", str(tmp_path / "b"), "--classes", "Normal,FSG", "--tile-px", "48"]
+    for more in (["--whole", "pad", "--task", "multilabel"], ["--preset", "paper-final", "--whole", "squash"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*given, *more])
+        assert not ended.value.code, capsys.readouterr().err
+    assert [(job.whole, job.tile, job.task) for job in jobs] == [
+        (WholeSpec(tile_px=48, fit="pad"), None, "multilabel"),
+        (WholeSpec(tile_px=48, fit="squash"), None, "classify"),
+    ]
+    assert jobs[1].fit.architecture == "se-resnet"
