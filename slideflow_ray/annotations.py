@@ -292,6 +292,19 @@ def class_of(name: str, classes: Sequence[str], names: Mapping[str, str] | None 
     return known.get(mapped.get(name.casefold(), name).casefold())
 
 
+def classes_of(label: str, classes: Sequence[str], names: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """Return the model's classes that a label means, which may name several joined by "+"; in the model's order.
+
+    A name that means no class of the model adds nothing.
+
+    >>> classes_of("CGN + fsg", ("Normal", "FSG", "CGN")), classes_of("other", ("Normal", "FSG"))
+    (('FSG', 'CGN'), ())
+    """
+    whole = class_of(label, classes, names)
+    meant = {whole} if whole else {class_of(part.strip(), classes, names) for part in label.split("+")}
+    return tuple(name for name in classes if name in meant)
+
+
 def named(
     regions: Sequence[Region], classes: Sequence[str], names: Mapping[str, str] | None = None, where: str = ""
 ) -> tuple[Region, ...]:
@@ -541,7 +554,7 @@ def together_px0(regions: Sequence[Region]) -> Any:
     return shapely.union_all([region.geometry for region in regions])
 
 
-def even_odd(shape: Any, corner: tuple[int, int], size: tuple[int, int], px0: float) -> npt.NDArray[np.bool_]:
+def even_odd(shape: Any, corner: tuple[float, float], size: tuple[int, int], px0: float) -> npt.NDArray[np.bool_]:
     """Return a valid polygon or multipolygon as pixels, bool `size` (h, w): true where a pixel's centre is inside.
 
     Pixels are `px0` wide and high, and the first is (row, col) `corner` of the slide's. Each row is crossed by the

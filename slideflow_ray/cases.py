@@ -12,7 +12,7 @@ import numpy as np
 
 from slideflow_ray import accounting, aggregate
 from slideflow_ray.aggregate import Part, Scheduler, Sides, SlideScore, Tiles
-from slideflow_ray.annotations import class_of, label_slide
+from slideflow_ray.annotations import class_of, classes_of, label_slide
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import AnnotationError, ConfigError
 from slideflow_ray.metrics import (
@@ -221,14 +221,15 @@ def truth_of(item: Item, model: Model, index: int, names: Mapping[str, str]) -> 
     """Return whether a slide is of a class, by the cohort's label: 1, 0, or -1 where that is not known.
 
     A label that is no class of the model says nothing to a classify model, and "not this
-    class" to a multilabel one.
+    class" to a multilabel one. One that names several classes ("FSG+CGN") is all of them to a
+    multilabel model, and has no single truth for a classify one.
     """
     if item.label is None:
         return -1
+    if model.task == "multilabel":
+        return int(model.classes[index] in classes_of(item.label, model.classes, names))
     meant = class_of(item.label, model.classes, names)
-    if meant is None:
-        return 0 if model.task == "multilabel" else -1
-    return int(meant == model.classes[index])
+    return -1 if meant is None else int(meant == model.classes[index])
 
 
 # scores of slides and patients

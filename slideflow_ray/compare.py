@@ -70,6 +70,7 @@ class Contestant(Spec):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     label: str
+    architecture: str = ""
     path: str
     forward: str = Field(alias="digest")
     node: str
@@ -131,7 +132,8 @@ class Comparison:
     def summary(self) -> str:
         """Return a table for a terminal: a line for each metric, a column for each bundle; then pairs and notes."""
         lines = [line for level in LEVELS for line in _table(self.bundles, level, self.split)]
-        return "\n".join([*lines, *_costs(self.bundles), *map(_pair_text, self.pairs), *self.notes])
+        table = _architectures(self.bundles, self.split)
+        return "\n".join([*lines, *table, *_costs(self.bundles), *map(_pair_text, self.pairs), *self.notes])
 
 
 def _table(bundles: Sequence[Contestant], level: Level, split: str) -> list[str]:
@@ -144,6 +146,16 @@ def _table(bundles: Sequence[Contestant], level: Level, split: str) -> list[str]
         cells = [with_interval(m.values[name], m.intervals[name]) if m else "-" for m in found]
         rows.append([name, *cells])
     return [*_columns([heads, *rows]), ""]
+
+
+def _architectures(bundles: Sequence[Contestant], split: str) -> list[str]:
+    """The table of the glomerulus paper: a line for each bundle, what it is, its size and its accuracy."""
+    rows = [["bundle", "architecture", "parameters (M)", "file (MB)", f"{split} accuracy"]]
+    for b in bundles:
+        found = b.at("tile") or b.at("slide")
+        accuracy = with_interval(found.values["accuracy"], found.intervals["accuracy"]) if found else "-"
+        rows.append([b.label, b.architecture, f"{b.parameters / 1e6:.2f}", f"{b.bytes / 1e6:.1f}", accuracy])
+    return [*_columns(rows), ""]
 
 
 def _costs(bundles: Sequence[Contestant]) -> list[str]:
@@ -328,6 +340,7 @@ def _contestant(record: dict[str, Any], place: int, settings: Settings, measured
     profile = ComputeProfile.parse(record["profile"], "run.json") if settings.benchmark else None
     return Contestant(
         label=f"{model['name']} {model['digest']}" if twice else model["name"],
+        architecture=read_card(model["path"]).architecture,
         path=model["path"],
         forward=model["digest"],
         node=model["node"],

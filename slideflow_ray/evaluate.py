@@ -19,7 +19,7 @@ import numpy as np
 
 from slideflow_ray import aggregate, answers
 from slideflow_ray.aggregate import Calls, Part, Scheduler, Sides, SlideScore, Tiles
-from slideflow_ray.annotations import class_of
+from slideflow_ray.annotations import class_of, classes_of
 from slideflow_ray.cases import (
     EXACT_TILES,
     Judged,
@@ -388,7 +388,11 @@ def _left_out(run: Run, model: Model, parts: Sequence[Part], tiles: Tiles) -> It
     strange = sorted(
         {i.label for i in judged if i.label and model.task == "classify" and _strange(i.label, model, run.labels.names)}
     )
-    if strange:
+    several = [label for label in strange if len(classes_of(label, model.classes, run.labels.names)) > 1]
+    if several:
+        n = sum(item.label in several for item in judged)
+        yield f"{model.name}: {n} items of several classes have no single truth, left out: {', '.join(several)}."
+    if strange := [label for label in strange if label not in several]:
         yield f"{model.name}: labels that are no class of the model are left out: {', '.join(strange)}."
 
 

@@ -111,6 +111,7 @@ class EpochTrained:
     train_loss: float
     val_loss: float | None
     val_auc: float | None
+    val_dice: float | None = None
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,8 @@ class RunModel:
 class Context:
     """What every stage of a run knows; small, frozen, sent to each worker once.
 
-    `tiles` are grids to lay and store without a model. `profile` is None where nothing is scored.
+    `tiles` are grids to lay and store without a model, `wholes` images in one piece. `profile` is None where nothing is
+    scored.
     """
 
     out: str
@@ -115,6 +116,7 @@ class Context:
     store: StoreSpec
     tiles: tuple[TileSpec, ...] = ()
     profile: ComputeProfile | None = None
+    wholes: tuple[WholeSpec, ...] = ()
 
     @property
     def cache(self) -> Path:
@@ -256,7 +258,8 @@ def plan_pack(context: Context, pack: Pack) -> SlidePlan:
     )
     models = [model for model in context.models if model.whole and model.applies_to(pack.example)]
     grids = []
-    for whole in dict.fromkeys(model.tile for model in models if isinstance(model.tile, WholeSpec)):
+    wanted = [*context.wholes, *(model.tile for model in models if isinstance(model.tile, WholeSpec))]
+    for whole in dict.fromkeys(wanted):
         users = tuple(model for model in models if model.tile == whole)
         node = pack_grid(store, context.store, whole, pack)
         grids.append(_plan_grid(context, store, pack, node, whole, users))

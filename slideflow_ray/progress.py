@@ -132,7 +132,9 @@ def _line(event: EpochTrained | VersionChosen | Noted | TriedAgain) -> str:
     if isinstance(event, VersionChosen):
         return f"{event.model}: version {event.digest}, in service since {event.since}"
     line = f"epoch {event.epoch} of {event.epochs}: train loss {event.train_loss:.4f}"
-    if event.val_loss is not None and event.val_auc is not None:
+    if event.val_loss is not None and event.val_dice is not None:
+        line += f", val loss {event.val_loss:.4f}, val mean Dice {event.val_dice:.4f}"
+    elif event.val_loss is not None and event.val_auc is not None:
         auc = "undefined" if math.isnan(event.val_auc) else f"{event.val_auc:.4f}"
         line += f", val loss {event.val_loss:.4f}, val AUC {auc}"
     return line

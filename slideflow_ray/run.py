@@ -256,7 +256,7 @@ def _work(
     try:
         profile = fixed_profile(out, spec.compute, pool) if spec.model else None
         models = run_models(spec, profile) if profile else ()
-        context = Context(spec.out, models, spec.tissue, spec.store, spec.tile, profile)
+        context = Context(spec.out, models, spec.tissue, spec.store, spec.tile, profile, spec.whole)
         write_run(out, spec, items, context, None)
         units = Units(context, items, before, retry, want)
         graph = RunGraph(units.todo, listen=listen, note=units.note)
@@ -271,7 +271,8 @@ def _work(
 def wanted(spec: RunSpec) -> str:
     """Return a digest of what a run wants of its slides: which tiles, for which of them."""
     tiles = [[tile_spec(spec, model, card).model_dump(), model.where] for model, card, _ in load_models(spec)]
-    return digest([tiles, [tile.model_dump() for tile in spec.tile], spec.tissue.model_dump()])
+    more = [tile.model_dump() for tile in (*spec.tile, *spec.whole)]
+    return digest([tiles, more, spec.tissue.model_dump()])
 
 
 def _write_heatmaps(spec: RunSpec, items: Sequence[Item], context: Context, result: RunResult, want: str) -> RunResult:
@@ -314,7 +315,7 @@ def plan(spec: RunSpec, items: Sequence[Item] | None = None) -> dict[str, Any]:
         try:
             profile = fixed_profile(out, spec.compute, pool) if spec.model else None
             models = run_models(spec, profile) if profile else ()
-            context = Context(spec.out, models, spec.tissue, spec.store, spec.tile, profile)
+            context = Context(spec.out, models, spec.tissue, spec.store, spec.tile, profile, spec.whole)
             slides = [_cost(context, unit) for unit in Units(context, items, {}, retry=False).todo]
         finally:
             pool.close()

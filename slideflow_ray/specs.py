@@ -252,6 +252,8 @@ class SplitSpec(Spec):
 
     parts : shares of train, val and test, as 6:2:2 or 70/15/15.
     folds : number of folds: `fold` is test, the next one is val, the rest train.
+    mode : "paper" splits by image in a training, copies of one image and images of one patient apart: the mistake of
+        source 001, for its reproduction only. It leaks, and all that comes of it says so.
     """
 
     parts: str | None = None
@@ -259,9 +261,12 @@ class SplitSpec(Spec):
     fold: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
     stratify: Literal["label", "none"] = "label"
+    mode: Literal["patient", "paper"] = "patient"
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
+        if self.mode == "paper" and self.parts is None:
+            raise ValueError('mode = "paper" needs parts, as 6:2:2')
         if self.parts is not None:
             parts_of(self.parts)
         if self.parts is not None and self.folds is not None:
@@ -275,13 +280,14 @@ class RunSpec(Spec):
     """Everything a run is told (run.toml).
 
     Each bundle brings its own tiles; `tile` names further ones to lay and store without a
-    model, as training does.
+    model, and `whole` images to store in one piece, as training does.
     """
 
     cohort: str
     out: str
     model: tuple[ModelSpec, ...] = ()
     tile: tuple[TileSpec, ...] = ()
+    whole: tuple[WholeSpec, ...] = ()
     stride_px: Annotated[int, Field(ge=1, le=2**20)] | None = None
     min_tissue: Fraction = 0.05
     tissue: TissueSpec = TissueSpec()
@@ -293,7 +299,7 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
-        if not self.model and not self.tile:
+        if not self.model and not self.tile and not self.whole:
             raise ValueError("name at least one [[model]] (or a [[tile]] to store tiles without scoring)")
         return self
 

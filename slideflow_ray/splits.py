@@ -279,7 +279,7 @@ def split_cohort(
         raise ConfigError(f"{there[0]} exists already.", next_step="Choose another --out, or replace it with --force.")
     items = read_cohort(cohort, check=False)
     hashes = identities_of(items)
-    values = spec.model_dump(exclude={"fold"})
+    values = spec.model_dump(exclude={"fold", "mode"})
     done = [with_splits(items, **values, fold=fold, classes=classes, identities=hashes) for fold, _ in enumerate(paths)]
     for path, split in zip(paths, done, strict=True):
         write_items(path, split)

@@ -30,7 +30,7 @@ class Units:
         self.ended: dict[str, Ended] = dict(before)
         self.packs: dict[str, tuple[str, ...]] = {}
         left = [item for item in items if item.slide_id not in before]
-        packed = [item for item in left if any(m.whole and m.applies_to(item) for m in context.models)]
+        packed = [item for item in left if _in_one_piece(context, item)]
         again = failed_before(self._out, packed, refused=retry)
         self._packed = pack_items(self._out, packed, again) if packed else Packed((), {}, {}, {}, {})
         whole = {item.slide_id for item in packed}
@@ -78,6 +78,10 @@ class Units:
             note_failure(self._out, self._items[slide_id], ended, self._want)
         elif slide_id not in self._both or first is not None:
             forget_failure(self._out, slide_id)
+
+
+def _in_one_piece(context: Context, item: Item) -> bool:
+    return bool(context.wholes) or any(m.whole and m.applies_to(item) for m in context.models)
 
 
 def _in_tiles(context: Context, item: Item) -> bool:

@@ -67,7 +67,7 @@ HEAVY = {
     "matplotlib": {"report.py", "train/record.py"},
     "jinja2": {"report.py"},
     "pyarrow": {"tables.py"},
-    "shapely": {"export.py", "planes.py", "annotations.py", "objects.py"},
+    "shapely": {"export.py", "planes.py", "annotations.py", "objects.py", "train/masks.py"},
     "segmentation_models_pytorch": {"models/networks.py"},
     "tensorboardX": {"train/record.py"},
     "sklearn": {"train/loop.py", "lesions.py"},

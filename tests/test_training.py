@@ -48,7 +48,7 @@ NEEDED = {"cohort": "c.csv", "out": "o", "work": "w", "classes": ["normal", "tum
 def test_every_preset_is_a_job_and_what_the_user_says_wins(name):
     job, _ = read_job({**NEEDED, "preset": name, "fit": {"epochs": 7}}, "test")
     assert job.fit.epochs == 7
-    assert job.fit.lr == PRESETS[name]["fit"]["lr"] == 1e-4
+    assert job.fit.lr == PRESETS[name]["fit"]["lr"] == (0.1 if name == "ref19" else 1e-4)
     assert job.fit.augment.flip
     build(job.fit.architecture, job.fit.arguments, 2)
 
@@ -230,9 +230,9 @@ def test_every_change_changes_something_and_nothing_black_comes_in(values):
 
 def test_a_tile_moved_by_nothing_is_itself():
     tile = torch.from_numpy(textures(1, 3).x[0].copy()).permute(2, 0, 1)
-    from slideflow_ray.train.augment import _move
+    from slideflow_ray.train.augment import _Moved
 
-    assert torch.equal(_move(v2.RandomAffine(0), tile), tile)
+    assert torch.equal(_Moved(v2.RandomAffine(0))(tile), tile)
 
 
 def test_stain_jitter_of_nothing_is_the_tile_and_of_something_keeps_white():

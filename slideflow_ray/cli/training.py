@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 
+class WholeName(StrEnum):
+    """How an image becomes a square."""
+
+    squash = "squash"
+    pad = "pad"
+
+
+class TaskName(StrEnum):
+    """What a network gives."""
+
+    classify = "classify"
+    multilabel = "multilabel"
+    segment = "segment"
+
+
 @commands.command()
 def train(
     context: typer.Context,
@@ -26,10 +41,18 @@ def train(
     cohort: Annotated[Path | None, typer.Option(help="cohort.csv with split, and label or annotation.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The bundle to write (a folder).")] = None,
     classes: Annotated[str | None, typer.Option(help="Class names, the background first: normal,tumor")] = None,
-    preset: Annotated[str | None, typer.Option(help="Settings of a published training: 004, 001 or 003.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Of a published training: 004, 003, paper-final (001), ref19.")
+    ] = None,
     tile_px: Annotated[int, typer.Option(min=8, help="Tile size in pixels at --mpp.")] = 224,
     mpp: Annotated[float, typer.Option(help="um per pixel of the tiles.")] = 0.5,
-    architecture: Annotated[str, typer.Option(help="small-cnn, torchvision:NAME or timm:NAME.")] = "small-cnn",
+    whole: Annotated[
+        WholeName | None, typer.Option(help="Images in one piece, squashed or padded to --tile-px.")
+    ] = None,
+    task: Annotated[TaskName, typer.Option(help="multilabel: labels name several classes as A+B.")] = TaskName.classify,
+    architecture: Annotated[
+        str, typer.Option(help="small-cnn, se-resnet, unet, torchvision:NAME, timm:NAME or smp:NAME.")
+    ] = "small-cnn",
     weights: Annotated[str, typer.Option(help="random, imagenet, or FILE.safetensors.")] = "random",
     freeze: Annotated[float, typer.Option(min=0, max=100, help="Percent of the blocks that keep their weights.")] = 0,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
@@ -50,7 +73,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle at --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a tile classifier on the train split, keep the epoch that is best on val, write a bundle.
+    """Train a classifier or a segmentation on the train split, keep the epoch that is best on val, write a bundle.
 
     Run again after an interruption: it goes on from its last checkpoint.
     """
@@ -63,7 +86,9 @@ def train(
     if preset or target:  # what is not typed stays as the preset or the file says
         fit = {key: value for key, value in fit.items() if key in given}
     crew = {"kind": executor.value, "address": address, "workers": workers, "storage": storage}
-    tile = {"tile_px": tile_px, "mpp": mpp}
+    tile: dict[str, Any] = {"tile_px": tile_px, "fit": whole.value} if whole else {"tile_px": tile_px, "mpp": mpp}
+    if preset and not whole:  # as the preset says, tiles or whole images
+        tile = {key: value for key, value in tile.items() if key in given}
     if target is not None:
         if beside := sorted(given - {"target", "architectures", "search", "overwrite", "as_json"}):
             options = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
@@ -77,7 +102,8 @@ def train(
             "out": str(out.absolute()),
             "work": str((work or out.with_name(out.name + ".work")).absolute()),
             "classes": [name.strip() for name in classes.split(",")],
-            "tile": {key: value for key, value in tile.items() if not preset or key in given},
+            "whole" if whole else "tile": tile,
+            "task": task.value,
             "fit": fit,
             "crew": crew,
             **({"preset": preset} if preset else {}),

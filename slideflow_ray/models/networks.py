@@ -14,6 +14,7 @@ from torch import nn
 
 from slideflow_ray.errors import BundleError
 from slideflow_ray.models.bundle import OURS, OURS_TO_SET, BundleCard, load_weights, read_card
+from slideflow_ray.models.seresnet import SeResNet
 from slideflow_ray.models.unet import Unet
 
 
@@ -70,6 +71,8 @@ def _maker(architecture: str, n_classes: int, channels: int) -> Callable[..., nn
     library, _, name = architecture.partition(":")
     if architecture == "small-cnn":
         return lambda **more: SmallCnn(n_classes, channels, **more)
+    if architecture == "se-resnet":
+        return lambda **more: SeResNet(n_classes, channels, **more)
     if architecture == "unet":
         return lambda **more: Unet(n_classes, channels, **more)
     if library == "torchvision" and name:

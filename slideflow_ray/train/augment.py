@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def _geometry(spec: AugmentSpec) -> list[Any]:
         shift = (spec.shift / 2, spec.shift / 2) if spec.shift else None  # a share of what is moved, twice as wide
         zoom = (1 - spec.zoom, 1 + spec.zoom) if spec.zoom else None
         move = v2.RandomAffine(spec.rotate_deg, shift, zoom, interpolation=v2.InterpolationMode.BILINEAR)
-        steps.append(v2.Lambda(partial(_move, move)))
+        steps.append(_Moved(move))
     return steps
 
 
@@ -69,24 +70,47 @@ def _colour(spec: AugmentSpec) -> list[Any]:
     if spec.hue:
         steps.append(v2.RandomApply([v2.ColorJitter(hue=spec.hue)], p=0.25))
     if spec.stain:
-        steps.append(v2.RandomApply([v2.Lambda(partial(jitter_stain, spec.stain))], p=0.25))
+        steps.append(v2.RandomApply([v2.Lambda(partial(_unless_mask, jitter_stain, spec.stain))], p=0.25))
     if spec.noise:
-        steps.append(v2.RandomApply([v2.Lambda(partial(_grain, spec.noise))], p=0.25))
+        steps.append(v2.RandomApply([v2.Lambda(partial(_unless_mask, _grain, spec.noise))], p=0.25))
     return steps
 
 
 def _turn(quarters: int, tile: torch.Tensor) -> torch.Tensor:
-    return torch.rot90(tile, quarters, (-2, -1))
+    return _like(torch.rot90(tile, quarters, (-2, -1)), tile)
 
 
-def _move(move: v2.Transform, tile: torch.Tensor) -> torch.Tensor:
-    """Move a tile within its own mirror images, so that nothing black comes in from outside."""
-    from torchvision.transforms import v2
+def _like(changed: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
+    """A mask stays a mask, by which torchvision knows it."""
+    from torchvision import tv_tensors
 
-    side = tile.shape[-1]
-    wide = v2.functional.pad(tile, [side // 2] * 4, padding_mode="reflect")
-    moved: torch.Tensor = v2.functional.center_crop(move(wide), [side, side])
-    return moved
+    return tv_tensors.wrap(changed, like=tile) if isinstance(tile, tv_tensors.Mask) else changed
+
+
+class _Moved(torch.nn.Module):
+    """Moves a tile, and its mask with it, within its own mirror images: nothing black comes in from outside."""
+
+    def __init__(self, move: v2.Transform) -> None:
+        super().__init__()
+        self.move = move
+
+    def forward(self, *given: Any) -> Any:
+        from torchvision.transforms import v2
+
+        tiles = given[0] if isinstance(given[0], tuple) else given
+        side = tiles[0].shape[-1]
+        wide = [v2.functional.pad(tile, [side // 2] * 4, padding_mode="reflect") for tile in tiles]
+        moved = self.move(*wide)
+        moved = moved if isinstance(moved, tuple) else (moved,)
+        cut = tuple(v2.functional.center_crop(tile, [side, side]) for tile in moved)
+        return cut if len(cut) > 1 else cut[0]
+
+
+def _unless_mask(change: Callable[[float, torch.Tensor], torch.Tensor], by: float, tile: torch.Tensor) -> torch.Tensor:
+    """Colours are of tiles, never of masks."""
+    from torchvision import tv_tensors
+
+    return tile if isinstance(tile, tv_tensors.Mask) else change(by, tile)
 
 
 def _grain(most: float, tile: torch.Tensor) -> torch.Tensor:
@@ -110,6 +134,11 @@ def jitter_stain(sigma: float, tile: torch.Tensor) -> torch.Tensor:
     return (255 * torch.exp(-changed)).round().clamp(0, 255).to(torch.uint8).reshape(tile.shape)
 
 
+def _check_square(pixels: Pixels) -> None:
+    if pixels.ndim != 4 or pixels.shape[1] != pixels.shape[2]:
+        raise ConfigError(f"Augmentation turns tiles by quarters, so they must be square; got shape {pixels.shape}.")
+
+
 def augment(pixels: Pixels, transform: v2.Transform, seed: int) -> Pixels:
     """Return each tile changed by its own draw; the same `seed` gives the same tiles.
 
@@ -117,14 +146,35 @@ def augment(pixels: Pixels, transform: v2.Transform, seed: int) -> Pixels:
 
     Raises ConfigError when the tiles are not square, which quarter turns need.
     """
-    if pixels.ndim != 4 or pixels.shape[1] != pixels.shape[2]:
-        raise ConfigError(f"Augmentation turns tiles by quarters, so they must be square; got shape {pixels.shape}.")
+    _check_square(pixels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tiles = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
         changed = torch.stack([transform(tile) for tile in tiles])
     out: Pixels = changed.permute(0, 2, 3, 1).contiguous().numpy()
     return out
+
+
+def augment_both(
+    pixels: Pixels, masks: npt.NDArray[Any], transform: v2.Transform, seed: int
+) -> tuple[Pixels, npt.NDArray[Any]]:
+    """Return each tile and its mask, uint8 (n, T, T), moved alike; colours change in the tile alone.
+
+    A mask is never blended: what is turned or zoomed takes the nearest pixel's class. Raises ConfigError when the
+    tiles are not square.
+    """
+    from torchvision import tv_tensors
+
+    _check_square(pixels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tiles = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
+        pairs = [
+            transform(tile, tv_tensors.Mask(torch.from_numpy(mask.copy())[None]))
+            for tile, mask in zip(tiles, masks, strict=True)
+        ]
+    changed = torch.stack([tile for tile, _ in pairs]).permute(0, 2, 3, 1).contiguous().numpy()
+    return changed, torch.stack([torch.as_tensor(mask)[0] for _, mask in pairs]).numpy()
 
 
 def mix(pixels: Pixels, kinds: npt.NDArray[Any], alpha: float, seed: int) -> Pixels:

@@ -124,19 +124,19 @@ def result_json(result: EpochResult) -> dict[str, Any]:
     """Return an epoch's result as JSON takes it: NaN becomes None."""
     flat = {key: getattr(result, key) for key in ("epoch", "train_loss", "train_accuracy", "lr", "tiles", "seconds")}
     if result.val:
-        flat |= {f"val_{key}": value for key, value in vars(result.val).items()}
+        flat |= {f"val_{key}": value for key, value in result.val.said().items()}
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in flat.items()}
 
 
 def result_of(values: Mapping[str, Any]) -> EpochResult:
     """Return the result that `result_json` wrote down."""
     known: dict[str, Any] = {key: math.nan if value is None else value for key, value in values.items()}
-    val = Validation(known["val_loss"], known["val_accuracy"], known["val_auc"]) if "val_loss" in known else None
+    val = {key.removeprefix("val_"): value for key, value in known.items() if key.startswith("val_")}
     return EpochResult(
         known["epoch"],
         known["train_loss"],
         known["lr"],
-        val,
+        Validation(**val) if val else None,
         known["train_accuracy"],
         known["tiles"],
         known["seconds"],

@@ -77,14 +77,21 @@ def choose(
     results: list[TrainResult] = []
     for name in architectures:
         listen(Noted(f"Training {name}"))
-        fit_ = job.fit.model_copy(update={"architecture": name, "arguments": {}})
-        out = Path(job.work) / "candidates" / f"{Path(job.out).name}-{name.replace(':', '-')}"
+        own = job.fit.arguments if name == job.fit.architecture else {}
+        fit_ = job.fit.model_copy(update={"architecture": name, "arguments": own})
+        out = candidates(job, [name])[name]
         results.append(train(job.model_copy(update={"fit": fit_, "out": str(out), "overwrite": True}), listen, data))
         found.append(_candidate({"architecture": name}, results[-1].best))
     best = min(found, key=lambda c: c.loss)
     listen(Noted(f"Lowest validation loss: {best.settings['architecture']} ({best.loss:.4f})"))
     record["choice"] = {"rule": "lowest validation loss", "candidates": [c.to_json() for c in found]}
     return adopt(results[found.index(best)], job, record), found
+
+
+def candidates(job: TrainJob, architectures: Sequence[str]) -> dict[str, Path]:
+    """Return where `choose` leaves the bundle of each architecture."""
+    folder, name = Path(job.work) / "candidates", Path(job.out).name
+    return {one: folder / f"{name}-{one.replace(':', '-')}" for one in architectures}
 
 
 def adopt(result: TrainResult, job: TrainJob, record: Mapping[str, Any]) -> TrainResult:

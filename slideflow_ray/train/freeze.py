@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slideflow_ray.models.networks import find_head
+from slideflow_ray.models.seresnet import SeResNet
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -19,8 +20,10 @@ def blocks(net: nn.Module, n_classes: int) -> list[list[nn.Module]]:
 
     A block is a module of its own kind (a bottleneck, an Inception module, a transformer layer), or of plain layers
     (the stem, all of VGG) a convolution or linear layer with the norms behind it. ResNet-50 has 17: its stem and
-    16 bottlenecks.
+    16 bottlenecks. A network of ours that knows its blocks is asked for them.
     """
+    if isinstance(net, SeResNet):
+        return net.parts()
     head = find_head(net, n_classes)[1] if n_classes else None
     found: list[list[nn.Module]] = []
     plain: list[nn.Module] = []

@@ -20,14 +20,25 @@ from slideflow_ray.events import EpochTrained, Listener, Noted, silent
 from slideflow_ray.models.bundle import BundleCard, write_bundle
 from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.run import run
-from slideflow_ray.specs import RunSpec, digest
+from slideflow_ray.specs import RunSpec, TileSpec, digest
 from slideflow_ray.splits import identities_of, lone_note, with_splits
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
 from slideflow_ray.train.crew import Crew
+from slideflow_ray.train.dense import settled, tiles_said, with_seam
+from slideflow_ray.train.images import (
+    LEAKING,
+    labelled_images,
+    leaking_split,
+    leaks,
+    left_out,
+    more_images,
+    write_split,
+)
 from slideflow_ray.train.loop import EpochResult, Trained, fit
+from slideflow_ray.train.masks import areas_of, mask_slide, shown_by
 from slideflow_ray.train.record import RECORD, Diary, beside, data_record, training_record, versions
-from slideflow_ray.train.sample import balanced, boxes_px0, mine, thin
+from slideflow_ray.train.sample import Mined, balanced, boxes_px0, mine, thin
 from slideflow_ray.train.spec import CrewSpec, TrainJob, TrainSpec
 from slideflow_ray.train.tiles import ChunkTiles, LabelledChunk, class_indices
 from slideflow_ray.train.weights import Start, find_weights
@@ -46,6 +57,7 @@ class TrainResult:
     best_epoch: int
     tiles: dict[str, int]
     changed: bool = True
+    leaking: str = ""
 
     @property
     def best(self) -> EpochResult:
@@ -58,21 +70,25 @@ class TrainResult:
         counts = ", ".join(f"{n} {split} tiles" for split, n in self.tiles.items())
         line = f"trained on {counts}; best epoch {best.epoch + 1} of {len(self.history)}"
         if best.val:
-            line += f": val loss {best.val.loss:.4f}, accuracy {best.val.accuracy:.3f}, AUC {_or_none(best.val.auc)}"
+            dice = best.val.dice
+            last = f"AUC {_or_none(best.val.auc)}" if dice is None else f"mean Dice {dice:.4f}"
+            line += f": val loss {best.val.loss:.4f}, accuracy {best.val.accuracy:.3f}, {last}"
+        line = f"{self.leaking}\n{line}" if self.leaking else line
         return f"{line}\n{'Bundle' if self.changed else 'Nothing to do, the bundle is there'}: {self.bundle}"
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints; epochs count from 0, as in training.json. What is not defined is None."""
         best = self.best
-        val = vars(best.val) if best.val else None
+        val = best.val.said() if best.val else None
         return {
             "bundle": str(self.bundle),
             "changed": self.changed,
+            **({"leaking": self.leaking} if self.leaking else {}),
             "tiles": self.tiles,
             "epochs": len(self.history),
             "best_epoch": best.epoch,
             "train_loss": best.train_loss,
-            "val": val and {name: None if math.isnan(value) else value for name, value in val.items()},
+            "val": val and {name: None if value is None or math.isnan(value) else value for name, value in val.items()},
         }
 
 
@@ -87,6 +103,7 @@ class Data:
     context: Context
     chunks: Chunks
     identities: Mapping[str, str]
+    leaking: str = ""
 
     def source(self, split: str) -> ChunkTiles:
         """Return a split's tiles."""
@@ -104,6 +121,7 @@ def train(job: TrainJob, listen: Listener = silent, data: Data | None = None, **
     read), SplitLeakError, NanScore, DiskFull.
     """
     check_out(job)
+    job = settled(job)
     start = find_weights(job.fit)
     if start.note:
         listen(Noted(start.note))
@@ -125,22 +143,29 @@ def check_out(job: TrainJob) -> None:
 
 def card_of(job: TrainJob) -> BundleCard:
     """Return the card of the bundle that a job writes. Raises ConfigError."""
+    job = settled(job)
     return BundleCard.parse(
         {
             "name": Path(job.out).name,
-            "task": "classify",
+            "task": job.task,
             "architecture": job.fit.architecture,
             "arguments": job.fit.arguments,
             "classes": job.classes,
-            "tile_px": job.tile.tile_px,
-            "mpp": job.tile.mpp,
+            **shape_of(job),
             "mean": IMAGENET_MEAN,
             "std": IMAGENET_STD,
             "licence": job.licence,
-            "description": f"trained on {Path(job.cohort).name}",
+            "description": f"trained on {Path(job.cohort).name}" + (f". {LEAKING}" if leaks(job) else ""),
         },
         "the bundle to be written",
     )
+
+
+def shape_of(job: TrainJob) -> dict[str, Any]:
+    """Return what the card says of tiles: their size and scale, or that images come in one piece."""
+    tile = job.shape
+    scale = {"mpp": tile.mpp} if isinstance(tile, TileSpec) else {"whole": tile.fit}
+    return {"tile_px": tile.tile_px, **scale, **(tiles_said(job) if job.task == "segment" else {})}
 
 
 # one training
@@ -185,7 +210,8 @@ class _Training:
         found = storage.read_json(Path(self.job.out) / RECORD)
         if found and found.get("digest") == self.digest:
             history = tuple(result_of({"seconds": 0.0, **epoch}) for epoch in found["epochs"])
-            return TrainResult(Path(self.job.out), history, found["best_epoch"], found["tiles"], changed=False)
+            last = (found["best_epoch"], found["tiles"], False, self.data.leaking)
+            return TrainResult(Path(self.job.out), history, *last)
         if found and not self.job.overwrite:
             raise ConfigError(
                 f"{self.job.out} holds the bundle of another training.",
@@ -206,20 +232,32 @@ class _Training:
             data=data_record(self.data.chunks, self.data.identities),
             tiles=self.tiles(),
             tiles_by_class=_by_class(self.data.chunks, self.card.classes),
+            **({"leaking": self.data.leaking} if self.data.leaking else {}),
             **self.record,
         )
         files = beside(trained, record)
-        write_bundle(Path(self.job.out), self.card, trained.state_dict, overwrite=self.job.overwrite, beside=files)
+        card = with_seam(self.card, trained.state_dict, self._example()) if self.card.seam else self.card
+        write_bundle(Path(self.job.out), card, trained.state_dict, overwrite=self.job.overwrite, beside=files)
         for checkpoint in self.folder.glob("epoch-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
-        return TrainResult(Path(self.job.out), trained.history, trained.best_epoch, self.tiles())
+        result = TrainResult(Path(self.job.out), trained.history, trained.best_epoch, self.tiles())
+        return replace(result, leaking=self.data.leaking)
+
+    def _example(self) -> Any:
+        """A tile to measure seams on: one of val, or of train where that has none."""
+        source = self.data.source("val" if len(self.data.source("val")) else "train")
+        return next(iter(source.batches(0, 1, 0))).pixels[0]
 
 
 def _by_class(chunks: Chunks, classes: Sequence[str]) -> dict[str, dict[str, int]]:
     return {
-        split: {name: int(sum((c.labels == i).sum() for c in several)) for i, name in enumerate(classes)}
+        split: {name: int(sum(_of_class(c, i) for c in several)) for i, name in enumerate(classes)}
         for split, several in chunks.items()
     }
+
+
+def _of_class(c: LabelledChunk, i: int) -> int:
+    return int((c.labels == i).sum() if c.labels.ndim == 1 else (c.labels[:, i] > 0).sum())
 
 
 def _inline(job: TrainJob, data: Data, start: Start, listen: Listener, record: Mapping[str, Any]) -> TrainResult:
@@ -285,7 +323,7 @@ def _on_ray(job: TrainJob, data: Data, start: Start, listen: Listener, record: M
 
 def _event(result: EpochResult, epochs: int) -> EpochTrained:
     val = result.val
-    scores = (val.loss, val.auc) if val else (None, None)
+    scores = (val.loss, val.auc, val.dice) if val else (None, None)
     return EpochTrained(result.epoch + 1, epochs, result.train_loss, *scores)
 
 
@@ -297,6 +335,7 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
 
     Raises ConfigError, SplitLeakError.
     """
+    job = settled(job)
     everyone = _split(job, listen)
     items = [item for item in everyone if item.split in ("train", "val")]
     if not any(item.split == "train" for item in items):
@@ -304,22 +343,29 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
             f"{job.cohort} has no rows with split = train.",
             next_step="slideflow-ray split COHORT.csv --parts 6:2:2 --out SPLIT.csv, or a table [split] in train.toml.",
         )
+    if job.sample.enlarge and not leaks(job):
+        items += more_images(job, [item for item in items if item.split == "train"], listen)
     context, result = _tile(job, items, listen)
     identities = {ended.slide_id: ended.identity for ended in result.ended}
-    chunks: Chunks = {
-        split: _labelled(job, context, [i for i in items if i.split == split], result) for split in ("train", "val")
-    }
+    label = labelled_images if job.whole else _labelled
+    chunks: Chunks = {split: label(job, context, items, split, result) for split in ("train", "val")}
+    if job.whole and (left := left_out(job, items)):
+        listen(Noted(left))
     chunks["train"] = _chosen(job, context, chunks["train"], listen)
-    return Data(context, chunks, identities)
+    return Data(context, chunks, identities, LEAKING if leaks(job) else "")
 
 
 def _split(job: TrainJob, listen: Listener) -> list[Item]:
     """The cohort with the job's own split, or that of its column; no patient and no file, test's too, on two sides."""
+    if leaks(job):
+        return leaking_split(job, listen)
     own = job.split.parts is not None or job.split.folds is not None
     items = read_cohort(job.cohort, check=not own)
     identities = identities_of(items)
     if own:
-        everyone = with_splits(items, **job.split.model_dump(), classes=job.classes, identities=identities)
+        how = job.split.model_dump(exclude={"mode"})
+        everyone = with_splits(items, **how, classes=job.classes, identities=identities)
+        write_split(job, everyone)
     else:
         everyone = list(items)
         check_splits(everyone, identities)
@@ -332,7 +378,8 @@ def _tile(job: TrainJob, items: Sequence[Item], listen: Listener) -> tuple[Conte
     spec = RunSpec(
         cohort=job.cohort,
         out=job.work,
-        tile=(job.tile,),
+        tile=(job.tile,) if job.tile else (),
+        whole=(job.whole,) if job.whole else (),
         tissue=job.tissue,
         store=job.store,
         executor=job.executor,
@@ -341,25 +388,51 @@ def _tile(job: TrainJob, items: Sequence[Item], listen: Listener) -> tuple[Conte
     if bad := [ended for ended in result.ended if ended.status != "done"]:
         what = "; ".join(f"{ended.slide_id}: {ended.code} {ended.message}" for ended in bad[:5])
         raise ConfigError(f"{len(bad)} slides cannot be trained on: {what}", next_step="Mend or drop these rows.")
-    return Context(job.work, (), job.tissue, job.store, (job.tile,)), result
+    return Context(job.work, (), job.tissue, job.store, spec.tile, None, spec.whole), result
 
 
-def _labelled(job: TrainJob, context: Context, items: Sequence[Item], result: RunResult) -> list[LabelledChunk]:
-    """The chunks of the items' grids with the class of each tile."""
+def _labelled(
+    job: TrainJob, context: Context, items: Sequence[Item], split: str, result: RunResult
+) -> list[LabelledChunk]:
+    """The chunks of the grids of a split's slides with the class of each tile, or its classes."""
     by_id = {ended.slide_id: ended for ended in result.ended}
     stains = {stain: i for i, stain in enumerate(sorted({item.stain or "" for item in items}))}
-    rows = job.store.rows(job.tile.tile_px)
+    rows = job.store.rows(job.shape.tile_px)
     found = []
-    for item in items:
+    for item in (item for item in items if item.split == split):
         for grid in by_id[item.slide_id].laid:
             store = SlideStore(context.out, item.slide_id)
-            labels = class_indices(slide_labels(store, grid, item, job.classes, job.labels))
+            if job.task == "segment":
+                found += _masked(job, store, grid, item, stains[item.stain or ""])
+                continue
+            known = slide_labels(store, grid, item, job.classes, job.labels, job.task)
+            labels = known if job.task == "multilabel" else class_indices(known)
             if item.split == "train" and job.sample.stride:
-                labels = thin(labels, store.read(f"grids/{grid}/rowcol"), job.classes, job.sample.stride)
+                labels = thin(
+                    labels.astype(np.int64), store.read(f"grids/{grid}/rowcol"), job.classes, job.sample.stride
+                )
             for start in range(0, len(labels), rows):
                 part = labels[start : start + rows]
-                chunk = Chunk(item, grid, job.tile, start // rows, len(part), ())
-                found.append(LabelledChunk(chunk, part, None, stains[item.stain or ""]))
+                chunk = Chunk(item, grid, job.shape, start // rows, len(part), ())
+                found.append(LabelledChunk(chunk, part, None, stains[item.stain or ""], start))
+    return found
+
+
+def _masked(job: TrainJob, store: SlideStore, grid: str, item: Item, stain: int) -> list[LabelledChunk]:
+    """The chunks of a slide with their masks; empty where nothing is known of it."""
+    rows, n = job.store.rows(job.shape.tile_px), len(store.read(f"grids/{grid}/item"))
+    node = mask_slide(store, grid, item, job.classes, job.labels, job.store, job.shape.tile_px) if n else None
+    if node is None:
+        return []
+    areas = np.concatenate([areas_of(store.read(node, i), len(job.classes)) for i in range(-(-n // rows))])
+    labels = shown_by(areas)
+    if item.split == "train" and job.sample.stride:
+        labels = thin(labels, store.read(f"grids/{grid}/rowcol"), job.classes, job.sample.stride)
+    found = []
+    for start in range(0, n, rows):
+        here = slice(start, start + rows)
+        chunk = Chunk(item, grid, job.shape, start // rows, len(labels[here]), ())
+        found.append(LabelledChunk(chunk, labels[here], None, stain, start, node, areas[here]))
     return found
 
 
@@ -374,21 +447,27 @@ def _mined(job: TrainJob, context: Context, chunks: list[LabelledChunk], listen:
     spec = job.sample.mine
     if spec is None:
         return chunks
-    rows = job.store.rows(job.tile.tile_px)
-    boxes = {}
+    boxes: dict[int, Any] = {}
+    known: dict[str, list[tuple[Any, Any]]] = {}
     for c in chunks:
         grid = boxes_px0(SlideStore(context.out, c.chunk.item.slide_id), c.chunk.grid)
-        boxes[id(c)] = grid[c.chunk.index * rows :][: c.chunk.tiles]
-    known: dict[str, list[LabelledChunk]] = {}
-    for c in chunks:
-        known.setdefault(c.chunk.item.slide_id, []).append(c)
+        boxes[id(c)] = grid[c.start : c.start + c.chunk.tiles]
+        for name, rows in c.rows_of.items():
+            known.setdefault(name, []).append((boxes[id(c)][rows], c.labels[rows]))
     labels = {
-        name: (np.concatenate([boxes[id(c)] for c in mine_]), np.concatenate([c.labels for c in mine_]))
-        for name, mine_ in known.items()
+        name: (np.concatenate([box for box, _ in parts]), np.concatenate([truth for _, truth in parts]))
+        for name, parts in known.items()
     }
     found = mine(spec, job.classes, labels)
     listen(Noted(f"{found.tiles} of {found.scored} training tiles are hard; they come {found.times} times as often."))
-    return [replace(c, times=found.times_of(c.chunk.item.slide_id, boxes[id(c)])) for c in chunks]
+    return [replace(c, times=_times_of(found, c, boxes[id(c)])) for c in chunks]
+
+
+def _times_of(found: Mined, c: LabelledChunk, boxes: Any) -> Any:
+    times = np.ones(len(c.labels))
+    for name, rows in c.rows_of.items():
+        times[rows] = found.times_of(name, boxes[rows])
+    return times
 
 
 __all__ = ["CrewSpec", "Data", "TrainJob", "TrainResult", "card_of", "prepare", "train"]

@@ -21,14 +21,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from slideflow_ray.errors import BundleError, ConfigError, NanScore
-from slideflow_ray.models.bundle import BundleCard
+from slideflow_ray.models.bundle import NOT_SCORED, BundleCard
 from slideflow_ray.models.networks import AUXILIARY, build, find_head
 from slideflow_ray.models.scorer import settle_gpu, to_margins
+from slideflow_ray.models.seresnet import STEM, SeResNet
 from slideflow_ray.prepare import to_input
 from slideflow_ray.profile import has_bf16
 from slideflow_ray.train.augment import seed_of
 from slideflow_ray.train.crew import ALONE, Crew
 from slideflow_ray.train.freeze import drop_before_head, freeze, trainable
+from slideflow_ray.train.masks import areas_of
 from slideflow_ray.train.spec import TrainSpec
 from slideflow_ray.train.tiles import LabelledSource, TileSource
 
@@ -39,11 +41,19 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Validation:
-    """Loss per tile, share of right answers, and the mean of the classes' one-against-rest AUC (NaN if undefined)."""
+    """Loss per tile, share of right answers, and the mean of the classes' one-against-rest AUC (NaN if undefined).
+
+    dice : of a segmentation the mean Dice of its classes but the first, over all pixels of the tiles' cores.
+    """
 
     loss: float
     accuracy: float
     auc: float
+    dice: float | None = None
+
+    def said(self) -> dict[str, float | None]:
+        """Return the values by name; Dice is there for segmentations only."""
+        return {key: value for key, value in vars(self).items() if key != "dice" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -248,6 +258,9 @@ def _step(trainer: Trainer, net: nn.Module, pixels: Pixels, labels: Labels) -> t
 def _right(card: BundleCard, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if card.task == "classify":
         return (logits.argmax(1) == targets).float().mean()
+    if card.task == "segment":
+        known = targets != NOT_SCORED
+        return (logits.argmax(1) == targets)[known].float().mean() if known.any() else torch.tensor(math.nan)
     known = targets >= 0
     return ((logits > 0) == (targets > 0))[known].float().mean() if known.any() else torch.tensor(math.nan)
 
@@ -267,7 +280,9 @@ def _outputs(outputs: Any) -> Iterator[tuple[float, torch.Tensor]]:
 
 
 def validate(trainer: Trainer, source: TileSource) -> Validation:
-    """Return loss, accuracy and AUC of a source, unaugmented, with the training's own criterion."""
+    """Return loss, accuracy and AUC (or Dice) of a source, unaugmented, with the training's own criterion."""
+    if trainer.card.task == "segment":
+        return _validate_masks(trainer, source)
     losses = 0.0
     logits: list[npt.NDArray[np.float32]] = []
     truth: list[Labels] = []
@@ -290,12 +305,68 @@ def validate(trainer: Trainer, source: TileSource) -> Validation:
     return Validation(losses / len(rows[1]), *_quality(trainer.card, *rows))
 
 
+def _validate_masks(trainer: Trainer, source: TileSource) -> Validation:
+    """Count right pixels and overlaps in the tiles' cores, which are what a run keeps."""
+    spec, crew, k = trainer.spec, trainer.crew, trainer.card.n_classes
+    table, sums = np.zeros((k, k), np.int64), np.zeros(2)
+    halo = trainer.card.halo or 0
+    trainer.net.eval()
+    with torch.inference_mode():
+        for pixels, masks, *_ in crew.mine(source).batches(0, spec.batch_size, spec.seed):
+            with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.bf16):
+                out = trainer.net(_input(trainer, pixels)).float()
+            targets = torch.from_numpy(np.array(masks)).to(out.device)
+            sums += [float(loss(trainer, out, targets)) * len(masks), len(masks)]
+            core = slice(halo, masks.shape[1] - halo)
+            called, truth = out.argmax(1).cpu().numpy()[:, core, core], masks[:, core, core]
+            known = truth != NOT_SCORED
+            table += np.bincount(truth[known] * np.int64(k) + called[known], minlength=k * k).reshape(k, k)
+    losses, tiles = crew.total(sums)
+    table = np.sum(crew.gather(table), axis=0)
+    if not tiles:
+        raise ConfigError("The validation split has no tiles.")
+    if not math.isfinite(losses):
+        raise NanScore(f"The validation loss is {losses}.", next_step="Train with a lower lr.")
+    accuracy = float(np.trace(table) / table.sum()) if table.any() else math.nan
+    return Validation(losses / tiles, accuracy, math.nan, mean_dice(table))
+
+
+def mean_dice(table: npt.NDArray[np.int64]) -> float:
+    """Return the mean over classes but the first of 2 |A and B| / (|A| + |B|); a class that is nowhere counts as 1.
+
+    table : int64 (K, K), pixels by true class (rows) and called class
+    """
+    both = table.sum(axis=0) + table.sum(axis=1)
+    dice = np.divide(2 * np.diagonal(table), both, out=np.ones(len(table)), where=both > 0)
+    return float(dice[1:].mean())
+
+
+def mask_loss(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, unknown: int = NOT_SCORED
+) -> torch.Tensor:
+    """Return cross entropy plus 1 - Dice, in fp32, over the pixels that are known.
+
+    logits : (n, K, H, W); targets : (n, H, W), `unknown` is left out; weights : of the classes in the cross entropy,
+    whose mean is over pixels. Dice is (2 sum p g + 1) / (sum p + sum g + 1) over the batch, the mean of all classes
+    (Milletari, Navab and Ahmadi, V-Net, 3DV 2016, with linear sums; smoothed by 1).
+    """
+    logits, known = logits.float(), targets != unknown
+    each = F.cross_entropy(logits, targets.long(), weights, ignore_index=unknown, reduction="none")
+    entropy = each.sum() / known.sum().clamp(min=1)
+    hot = F.one_hot(torch.where(known, targets, 0).long(), logits.shape[1]).permute(0, 3, 1, 2) * known[:, None]
+    p = logits.softmax(1) * known[:, None]
+    overlap, total = (p * hot).sum((0, 2, 3)), p.sum((0, 2, 3)) + hot.sum((0, 2, 3))
+    return entropy + 1 - ((2 * overlap + 1) / (total + 1)).mean()
+
+
 def loss(trainer: Trainer, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the mean loss of a batch in fp32: cross entropy, or its binary form over the known entries.
 
     With balanced class weights each tile counts by its class's weight; the mean is over tiles, not over
-    weights, so that losses of batches add up.
+    weights, so that losses of batches add up. Of masks see `mask_loss`.
     """
+    if trainer.card.task == "segment":
+        return mask_loss(logits, targets, trainer.weights)
     logits = logits.float()
     if trainer.card.task == "classify":
         each = F.cross_entropy(logits, targets.long(), weight=trainer.weights, reduction="none")
@@ -353,12 +424,17 @@ def count_labels(card: BundleCard, source: TileSource, spec: TrainSpec) -> npt.N
         labels = np.asarray(source.labels())
     else:
         found = [y for _, y, *_ in source.batches(0, spec.batch_size, spec.seed)]
+        found = [areas_of(y, card.n_classes) for y in found] if card.task == "segment" else found
         labels = np.concatenate(found) if found else np.empty(0)
     shape = (len(labels),) if card.task == "classify" else (len(labels), card.n_classes)
+    labels = labels if len(labels) else np.empty(shape)
     if labels.shape != shape:
         raise ConfigError(f"A {card.task} model of {card.n_classes} classes needs labels {shape}, got {labels.shape}.")
     hot = _one_hot(card, labels) if card.task == "classify" else labels
-    counts = np.stack([(hot > 0).sum(axis=0), (hot == 0).sum(axis=0)]).astype(np.int64)
+    if card.task == "segment":
+        counts = np.stack([labels.sum(axis=0), labels.sum() - labels.sum(axis=0)]).astype(np.int64)
+    else:
+        counts = np.stack([(hot > 0).sum(axis=0), (hot == 0).sum(axis=0)]).astype(np.int64)
     if empty := [name for name, n in zip(card.classes, counts[0], strict=True) if n == 0]:
         raise ConfigError(
             f"The training split has no tiles of {', '.join(empty)}.",
@@ -375,14 +451,14 @@ def _one_hot(card: BundleCard, labels: Labels) -> Labels:
 
 
 def _class_weights(card: BundleCard, spec: TrainSpec, counts: npt.NDArray[np.int64]) -> torch.Tensor | None:
-    """Return N / (K * n_c) for classify (as scikit-learn's "balanced"), tiles without over with for multilabel.
+    """Return N / (K * n_c) as scikit-learn's "balanced" (of pixels for segment); for multilabel tiles without / with.
 
     Balanced sampling has made the classes equal already.
     """
     if spec.class_weights == "none" or spec.sampling == "balanced":
         return None
     have, lack = counts
-    weights = have.sum() / (card.n_classes * have) if card.task == "classify" else np.maximum(lack, 1) / have
+    weights = have.sum() / (card.n_classes * have) if card.task != "multilabel" else np.maximum(lack, 1) / have
     return torch.from_numpy(weights.astype(np.float32))
 
 
@@ -425,6 +501,9 @@ def _begin_with(net: nn.Module, start: Mapping[str, torch.Tensor], card: BundleC
     own = net.state_dict()
     head = find_head(net, card.n_classes)[0]
     strange = [k for k in own if k not in start or start[k].shape != own[k].shape]
+    if isinstance(net, SeResNet) and all(key.startswith(STEM) for key in start):
+        head, strange = "", [k for k in strange if k.startswith(STEM)]  # no weights exist for its blocks
+        start = {**own, **start}
     wrong = [key for key in strange if not (key.startswith(f"{head}.") or _is_head(own[key], start.get(key), card))]
     more = [key for key in start if key not in own and not key.startswith((f"{head}.", *AUXILIARY))]
     if wrong or more:

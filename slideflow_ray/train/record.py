@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from slideflow_ray import storage
+from slideflow_ray.packs import Pack
 from slideflow_ray.specs import digest
 from slideflow_ray.train.checkpoint import result_json
 from slideflow_ray.train.loop import EpochResult, Trained
@@ -31,19 +32,24 @@ def data_record(chunks: Mapping[str, Sequence[LabelledChunk]], identities: Mappi
     """Return which slides, patients and tiles each split has, and a digest of the tiles and how often they come."""
     found: dict[str, Any] = {"slides": {}, "patients": {}, "slide_ids": {}, "digest": {}}
     for split, several in chunks.items():
-        items = {c.chunk.item.slide_id: c.chunk.item for c in several}
+        items = {item.slide_id: item for c in several for item in c.items}
         found["slides"][split] = sorted(identities[name] for name in items)
         found["slide_ids"][split] = sorted(items)
         found["patients"][split] = sorted({getattr(item, "patient", name) for name, item in items.items()})
         found["digest"][split] = digest(
-            [[identities[c.chunk.item.slide_id], c.chunk.grid, c.chunk.index, _bytes(c)] for c in several]
+            [[_identity(c, identities), c.chunk.grid, c.chunk.index, _bytes(c)] for c in several]
         )
     return found
 
 
+def _identity(c: LabelledChunk, identities: Mapping[str, str]) -> str:
+    item = c.chunk.item
+    return item.identity if isinstance(item, Pack) else identities[item.slide_id]
+
+
 def _bytes(c: LabelledChunk) -> str:
     times = np.ones(len(c.labels)) if c.times is None else c.times
-    return digest([c.labels.tolist(), times.tolist(), c.stain])
+    return digest([c.labels.tolist(), times.tolist(), c.stain, *([c.masks] if c.masks else [])])
 
 
 class Diary:
@@ -97,6 +103,7 @@ def scalars(result: EpochResult) -> dict[str, float]:
         found["tiles_per_second"] = result.tiles / result.seconds
     if result.val:
         found |= {"loss/val": result.val.loss, "accuracy/val": result.val.accuracy, "auc/val": result.val.auc}
+        found |= {"dice/val": result.val.dice} if result.val.dice is not None else {}
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
@@ -114,12 +121,15 @@ def beside(trained: Trained, record: Mapping[str, Any]) -> dict[str, bytes]:
     return {
         RECORD: storage.to_json(record),
         METRICS: metrics_jsonl(trained.history),
-        CURVES: draw_curves(trained),
+        CURVES: draw_curves(trained, record.get("leaking", "")),
     }
 
 
-def draw_curves(trained: Trained) -> bytes:
-    """Return a PNG of loss and accuracy by epoch, training and validation, with the kept epoch marked."""
+def draw_curves(trained: Trained, warning: str = "") -> bytes:
+    """Return a PNG of loss and accuracy by epoch, training and validation, with the kept epoch marked.
+
+    warning : what stands above in red.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -131,6 +141,9 @@ def draw_curves(trained: Trained) -> bytes:
         if any(r.val for r in history):
             val = [getattr(r.val, what) if r.val else math.nan for r in history]
             axes.plot(x, val, "s-", ms=3, color="#D55E00", label="validation")
+        if what == "accuracy" and any(r.val and r.val.dice is not None for r in history):
+            dice = [r.val.dice if r.val and r.val.dice is not None else math.nan for r in history]
+            axes.plot(x, dice, "^-", ms=3, color="#009E73", label="validation, mean Dice")
         axes.axvline(
             trained.best_epoch + 1, color="#777777", lw=1, ls=":", label=f"kept: epoch {trained.best_epoch + 1}"
         )
@@ -139,6 +152,8 @@ def draw_curves(trained: Trained) -> bytes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
+    if warning:
+        figure.suptitle(warning, color="#B00020", fontsize=8, wrap=True)
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

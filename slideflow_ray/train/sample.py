@@ -73,9 +73,9 @@ def mine(spec: MineSpec, classes: Sequence[str], labels: Mapping[str, tuple[npt.
     for part in parts_of(run, model):
         if part.slide_id not in labels:
             continue
-        store = SlideStore(part.out, part.slide_id)
-        margins = store.read(f"scores/{part.grid}/{part.model}")
-        here = {tuple(box): row for row, box in enumerate(boxes_px0(store, part.grid).tolist())}
+        margins, own = part.margins(), boxes_px0(part.store, part.grid)
+        own = own[part.row : part.row + 1] if part.pack else own
+        here = {tuple(box): row for row, box in enumerate(own.tolist())}
         boxes, truth = labels[part.slide_id]
         rows = np.array([here.get(tuple(box), -1) for box in boxes.tolist()], np.int64)
         known = (rows >= 0) & (truth >= 0)

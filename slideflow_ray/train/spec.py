@@ -19,6 +19,7 @@ from slideflow_ray.specs import (
     StoreSpec,
     TileSpec,
     TissueSpec,
+    WholeSpec,
     read_settings,
     relative_to,
 )
@@ -28,6 +29,8 @@ NotNegative = Annotated[float, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 RANDOM, IMAGENET = "random", "imagenet"
+
+SE_RESNET = "se-resnet"
 
 
 class AugmentSpec(Spec):
@@ -141,10 +144,13 @@ class SampleSpec(Spec):
 
     stride : for a class, every how manyeth row and column of tiles is used (1: all), {"normal": 10, "tumor": 4}
     in 004. Validation is never thinned.
+    enlarge : so many synthetic images beside each whole image of the training split, written once (001: 4); by default
+    images are changed anew in every epoch, as `fit.augment` says.
     """
 
     stride: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
     mine: MineSpec | None = None
+    enlarge: Annotated[int, Field(ge=0, le=20)] = 0
 
 
 class CrewSpec(Spec):
@@ -167,6 +173,9 @@ class CrewSpec(Spec):
 class TrainJob(Spec):
     """Everything a training is told. `out` is the bundle, `work` where tiles and checkpoints are kept.
 
+    Either `tile` (tiles of slides, labelled by annotations) or `whole` (images in one piece, labelled by the cohort's
+    column `label`). task "multilabel": several classes may apply at once, and a label may name them joined by "+";
+    "segment": a class for each pixel, by the annotations' polygons.
     Labels for training are of tiles that a class covers by three quarters (004); a lower `labels.fraction` takes
     in less homogeneous tiles at the border.
     """
@@ -175,7 +184,9 @@ class TrainJob(Spec):
     out: str
     work: str
     classes: tuple[str, ...]
-    tile: TileSpec
+    task: Literal["classify", "multilabel", "segment"] = "classify"
+    tile: TileSpec | None = None
+    whole: WholeSpec | None = None
     fit: TrainSpec = TrainSpec()
     tissue: TissueSpec = TissueSpec()
     store: StoreSpec = StoreSpec()
@@ -187,6 +198,32 @@ class TrainJob(Spec):
     licence: str = "unknown"
     overwrite: bool = False
 
+    @property
+    def shape(self) -> TileSpec | WholeSpec:
+        """What the network is given: tiles, or whole images."""
+        found = self.tile or self.whole
+        if found is None:
+            raise ConfigError("Give tile, or whole for images in one piece.")
+        return found
+
+    @model_validator(mode="after")
+    def _tiles_or_whole_images(self) -> TrainJob:
+        if (self.tile is None) == (self.whole is None):
+            raise ValueError("give either tile (tile_px, mpp) or whole (tile_px, fit) for images in one piece")
+        if self.whole and self.sample.stride:
+            raise ValueError("sample.stride thins the tiles of slides; whole images have no neighbours")
+        if self.tile and self.sample.enlarge:
+            raise ValueError("sample.enlarge is for whole images; tiles of slides are changed in every epoch")
+        if self.tile and self.split.mode == "paper":
+            raise ValueError('split.mode = "paper" is for whole images')
+        if self.whole and self.task == "segment":
+            raise ValueError('task = "segment" needs tiles, not whole images')
+        if self.task == "segment" and self.fit.augment.mixup:
+            raise ValueError("mixup mixes whole tiles, and a pixel of two tiles has no single class")
+        if self.task == "multilabel" and (self.fit.sampling == "balanced" or self.sample.stride or self.sample.mine):
+            raise ValueError('sampling = "balanced", sample.stride and sample.mine need one class for each tile')
+        return self
+
     @model_validator(mode="after")
     def _strides_are_of_classes(self) -> TrainJob:
         if unknown := sorted(set(self.sample.stride) - set(self.classes)):
@@ -195,6 +232,14 @@ class TrainJob(Spec):
 
 
 _FLIPS: dict[str, Any] = {"flip": True, "turn": True}
+_GLOMERULI: dict[str, Any] = {
+    "architecture": SE_RESNET,
+    "schedule": "multistep",
+    "milestones": [60, 120, 160],
+    "gamma": 0.2,
+    "epochs": 200,
+    "augment": {**_FLIPS, "rotate_deg": 30.0, "noise": 0.06, "mixup": 0.4},
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # MathWorks' example: one epoch of RMSprop on sparse 299 px blocks of the finest level; its helper jitters
     # contrast, hue, saturation and brightness, and L2 is MATLAB's default.
@@ -216,22 +261,32 @@ PRESETS: dict[str, dict[str, Any]] = {
             "augment": {**_FLIPS, "brightness": 0.35, "contrast": 0.5, "saturation": 0.2, "hue": 0.05, "noise": 0.0},
         },
     },
-    # The glomerulus paper's final choice (batch 16, 1e-4, nothing frozen); gamma is that of its reference 19.
-    # Its SE-ResNet is not registered yet: timm's SE-ResNet-50 is METHODS' companion.
-    "001": {
-        "tile": {"tile_px": 224, "mpp": 0.5},
+    # The glomerulus paper's final choice (batch 16, 1e-4, nothing frozen), on crops of one glomerulus in one piece;
+    # the optimiser is METHODS', gamma that of the paper's reference 19.
+    "paper-final": {
+        "whole": {"tile_px": 224, "fit": "squash"},
         "fit": {
-            "architecture": "timm:seresnet50",
+            **_GLOMERULI,
+            "arguments": {"variant": "F"},
             "weights": IMAGENET,
             "optimiser": "adam",
             "lr": 1e-4,
-            "schedule": "multistep",
-            "milestones": [60, 120, 160],
-            "gamma": 0.2,
-            "epochs": 200,
             "batch_size": 16,
             "dropout": 0.5,
-            "augment": {**_FLIPS, "rotate_deg": 30.0, "noise": 0.06, "mixup": 0.4},
+        },
+    },
+    # What reference 19 of that paper did with its own network, whose schedule the paper took (BHCNet's cifar.py).
+    "ref19": {
+        "whole": {"tile_px": 224, "fit": "squash"},
+        "fit": {
+            **_GLOMERULI,
+            "arguments": {"variant": "A"},
+            "optimiser": "sgd",
+            "momentum": 0.9,
+            "nesterov": True,
+            "lr": 0.1,
+            "weight_decay": 1e-4,
+            "batch_size": 128,
         },
     },
     # The tuber paper, as METHODS completes it: the head alone for one epoch at 1e-3, then Adam at 1e-4.
@@ -260,7 +315,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Settings of the published trainings by their source's number; what a user sets besides wins."""
+"""Settings of the published trainings by their source's number or name; what a user sets besides wins."""
+
+ALIASES = {"001": "paper-final"}
 
 
 def with_preset(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -269,9 +326,15 @@ def with_preset(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     name = given.pop("preset", None)
     if name is None:
         return given
+    name = ALIASES.get(name, name)
     if name not in PRESETS:
-        raise ConfigError(f"{where}: there is no preset {name!r}; there are {', '.join(PRESETS)}.")
+        raise ConfigError(f"{where}: there is no preset {name!r}; there are {', '.join([*PRESETS, *ALIASES])}.")
     base = dict(PRESETS[name])
+    for shape, other in (("tile", "whole"), ("whole", "tile")):
+        if given.get(shape):
+            base.pop(other, None)  # the user's own kind of tiles takes the place of the paper's
+        elif shape in given:
+            del given[shape]
     if stride := base.get("sample", {}).get("stride"):
         # Strides are of classes by name: those that the user's classes lack say nothing.
         own = {key: value for key, value in stride.items() if key in given.get("classes", ())}

@@ -11,9 +11,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import Chunk, Context, OpenSlides, Pixels, read_chunk
-from slideflow_ray.train.augment import augment, augmentation, mix, seed_of
+from slideflow_ray.store import SlideStore
+from slideflow_ray.train.augment import augment, augment_both, augmentation, mix, seed_of
 from slideflow_ray.train.spec import TrainSpec
 
 Labels = npt.NDArray[Any]
@@ -33,7 +36,8 @@ class TileSource(Protocol):
     """Tiles with labels, in batches; `len` is the number of tiles in an epoch.
 
     `batches` yields a Batch, or its first two parts: uint8 (b, T, T, 3) with int64 (b,) class indices (classify) or
-    float (b, K) of 0 and 1, where a negative or NaN entry means unknown (multilabel). Equal arguments give equal
+    float (b, K) of 0 and 1, where a negative or NaN entry means unknown (multilabel), or uint8 (b, T, T), 255 unknown
+    (segment). Equal arguments give equal
     batches; training asks for every epoch in another order, validation always for epoch 0.
     """
 
@@ -63,30 +67,57 @@ def class_indices(labels: npt.NDArray[np.int8]) -> Counts:
 
 @dataclass(frozen=True)
 class LabelledChunk:
-    """A chunk and the class of each of its tiles, int64 (n,); -1 is unknown and left out.
+    """A chunk and the class of each of its tiles, int64 (n,), or of several classes int8 (n, K) of 0 and 1.
 
+    labels : -1 is unknown; a tile of which nothing is known is left out.
     times : how often a tile comes in an epoch, float (n,), 1 if None; of a broken number the rest is a chance.
-    stain : a number for the slide's stain.
+    stain : a number for the slide's stain. start : the chunk's first row in its grid.
+    masks : for a segmentation the node of the tiles' masks, and areas : their pixels by class, int64 (n, K); then
+    `labels` is what a tile shows (see `masks.shown_by`).
     """
 
     chunk: Chunk
-    labels: Counts
+    labels: Labels
     times: npt.NDArray[np.float64] | None = None
     stain: int = 0
+    start: int = 0
+    masks: str | None = None
+    areas: Counts | None = None
+
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """Of which tiles something is known, bool (n,)."""
+        known: npt.NDArray[np.bool_] = (self.labels.reshape(len(self.labels), -1) >= 0).any(axis=1)
+        return known
 
     @property
     def used(self) -> npt.NDArray[np.bool_]:
         """Which tiles can come at all, bool (n,)."""
-        known: npt.NDArray[np.bool_] = self.labels >= 0
-        return known if self.times is None else known & (self.times > 0)
+        return self.known if self.times is None else self.known & (self.times > 0)
+
+    @property
+    def rows_of(self) -> dict[str, slice]:
+        """The rows of each slide_id: all of a slide's chunk, one for each image of a pack."""
+        if not isinstance(self.chunk.item, Pack):
+            return {self.chunk.item.slide_id: slice(None)}
+        here = self.chunk.item.rows[self.start : self.start + len(self.labels)]
+        return {row.item.slide_id: slice(i, i + 1) for i, row in enumerate(here)}
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The rows of the cohort that are in it: the slide, or the images of a pack of which something is known."""
+        if not isinstance(self.chunk.item, Pack):
+            return (self.chunk.item,)
+        here = self.chunk.item.rows[self.start : self.start + len(self.labels)]
+        return tuple(row.item for row, known in zip(here, self.known, strict=True) if known)
 
     def rows(self, epoch: int, seed: int) -> Counts:
         """Return the rows of one epoch, each as often as it comes."""
         if self.times is None:
-            return np.flatnonzero(self.labels >= 0)
+            return np.flatnonzero(self.known)
         where = f"{self.chunk.item.slide_id} {self.chunk.grid} {self.chunk.index}"
         rng = np.random.default_rng(seed_of(seed, epoch, where))
-        times = np.where(self.labels >= 0, self.times, 0.0)
+        times = np.where(self.known, self.times, 0.0)
         whole = np.floor(times)
         often = whole + (rng.random(len(times)) < times - whole)
         return np.repeat(np.arange(len(times)), often.astype(np.int64))
@@ -127,8 +158,12 @@ class ChunkTiles:
         self.__dict__.update(state, _slides=OpenSlides())
 
     def labels(self) -> Labels:
-        """Return the class of every tile that an epoch may show, int64 (n,), each once."""
-        return np.concatenate([np.empty(0, np.int64), *(c.labels[c.used] for c in self.chunks)])
+        """Return the class of every tile that an epoch may show, int64 (n,) or int8 (n, K), each once.
+
+        For a segmentation the pixels of each class in it, int64 (n, K).
+        """
+        found = [(c.labels if c.areas is None else c.areas)[c.used] for c in self.chunks]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def share(self, index: int, of: int, *, even: bool) -> ChunkTiles:
         """Return the part of one of several workers."""
@@ -199,11 +234,14 @@ class ChunkTiles:
 
     def _load(self, c: LabelledChunk, rows: Counts) -> Batch:
         pixels = read_chunk(self.context, c.chunk, self._slides)[rows]
-        return Batch(pixels, c.labels[rows], np.full(len(rows), c.stain, np.int64))
+        labels = c.labels[rows]
+        if c.masks is not None:
+            labels = SlideStore(self.context.out, c.chunk.item.slide_id).read(c.masks, c.chunk.index)[rows]
+        return Batch(pixels, labels, np.full(len(rows), c.stain, np.int64))
 
 
 def _weight(c: LabelledChunk) -> float:
-    return float(c.used.sum() if c.times is None else c.times[c.labels >= 0].sum())
+    return float(c.used.sum() if c.times is None else c.times[c.known].sum())
 
 
 def _take(batch: Batch, rows: Counts) -> Batch:
@@ -267,9 +305,13 @@ class Prepared:
             where = f"{step}" if not self.stream else f"{step} of {self.stream}"
             if spec.augment.mixup:
                 pixels = mix(pixels, _kinds(batch), spec.augment.mixup, seed_of(spec.seed, epoch, f"mix {where}"))
-            if transform:
-                pixels = augment(pixels, transform, seed_of(spec.seed, epoch, f"augment {where}"))
-            yield pixels, batch.labels
+            labels = batch.labels
+            seed = seed_of(spec.seed, epoch, f"augment {where}")
+            if transform and labels.ndim == 3:
+                pixels, labels = augment_both(pixels, labels, transform, seed)
+            elif transform:
+                pixels = augment(pixels, transform, seed)
+            yield pixels, labels
 
 
 def _kinds(batch: Batch) -> npt.NDArray[Any]:

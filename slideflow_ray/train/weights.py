@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from slideflow_ray import storage
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.identity import file_sha256
-from slideflow_ray.train.spec import IMAGENET, RANDOM, TrainSpec
+from slideflow_ray.train.spec import IMAGENET, RANDOM, SE_RESNET, TrainSpec
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,8 @@ def find_weights(spec: TrainSpec) -> Start:
 
 
 def _imagenet(architecture: str) -> Start:
+    if architecture == SE_RESNET:
+        return _stem()
     name = f"{architecture.replace(':', '-')}.safetensors"
     folder = os.environ.get(FOLDER)
     if folder and (Path(folder) / name).is_file():
@@ -52,6 +54,19 @@ def _imagenet(architecture: str) -> Start:
         f"To have them: slideflow-ray convert FILE.pth --architecture {architecture} --as-weights {name}"
     )
     return Start(None, f"{RANDOM} ({IMAGENET} was asked for)", note)
+
+
+def _stem() -> Start:
+    """The stem of ImageNet's ResNet-50, all that fits an SE-ResNet of asymmetric convolutions."""
+    from slideflow_ray.models.seresnet import STEM
+
+    found = _imagenet("torchvision:resnet50")
+    said = f"There are no ImageNet weights for the blocks of {SE_RESNET}; only its stem can have ResNet-50's."
+    if found.state is None:
+        return Start(None, found.source, f"{said} {found.note}")
+    state = {key: value for key, value in found.state.items() if key.startswith(STEM)}
+    note = f"{said} It has them, and the blocks start from random weights."
+    return Start(state, found.source.replace(IMAGENET, f"{IMAGENET} stem"), note)
 
 
 def _file(path: Path, kind: str) -> Start:
