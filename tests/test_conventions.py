@@ -24,7 +24,7 @@ LAYERS = [
     ["identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["changes"],
-    ["packs", "planes", "layout", "sparse", "pipeline"],
+    ["packs", "planes", "layout", "sparse", "staining", "pipeline"],
     ["execute", "aggregate"],
     [
         "accounting",
@@ -159,6 +159,7 @@ def test_doctests_of_the_light_modules_run():
         "rules",
         "cases",
         "phantoms",
+        "stain",
         "collect",
         "splits",
         "texts",
