@@ -30,7 +30,7 @@ from slideflow_ray.slides import SlideReader, open_slide, read_tiles
 from slideflow_ray.sparse import is_sparse
 from slideflow_ray.specs import BoxSpec, ModelSpec, StoreSpec, TileSpec, TissueSpec, WholeSpec
 from slideflow_ray.stain import Stained, StainFit, StainTarget, stain_name, target_of
-from slideflow_ray.staining import FitError, pack_fits, read_fits, slide_fits
+from slideflow_ray.staining import FitError, Fits, Want, pack_fits, read_fits, slide_fits
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tissue import TissueMask
 
@@ -273,6 +273,22 @@ def _plan_objects(
         grid_node = object_grid(store, context.store, boxes, node, about)
         found.append(_plan_grid(context, store, item, grid_node, boxes, tuple(several), stains))
     return found, again
+
+
+def fit_stains(context: Context, item: Item | Pack, want: Want) -> Fits:
+    """Fit the stains of a slide or a pack that is planned, without a model, as training does; return the fits.
+
+    Raises StainError, ReadError.
+    """
+    store = SlideStore(context.out, item.slide_id)
+    if isinstance(item, Pack):
+        return read_fits(context.out, item.slide_id, pack_fits(store, item, want))
+    found = identity(item.uri, context.cache, item.sha256)
+    with open_item(context, item) as reader:
+        about = about_slide(reader, item, found)
+        tissue = tissue_mask(store, context.tissue, context.cache, reader, item, about)
+        node = slide_fits(store, item, want, about, tissue, reader)
+    return read_fits(context.out, item.slide_id, node)
 
 
 def plan_pack(context: Context, pack: Pack) -> SlidePlan:
@@ -521,8 +537,7 @@ def _read_images(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
 def _unfit_rows(context: Context, chunk: Chunk) -> dict[int, FitError]:
     """The rows of a pack whose stains could not be told, and why; its grid is that of one node of fits."""
     nodes = dict.fromkeys(node for _, node in chunk.stains)
-    fits = (read_fits(context.out, chunk.item.slide_id, node)[1] for node in nodes)
-    return {row: fit for several in fits for row, fit in enumerate(several) if isinstance(fit, dict)}
+    return {k: v for node in nodes for k, v in read_fits(context.out, chunk.item.slide_id, node).broken.items()}
 
 
 def stained_of(context: Context, chunk: Chunk, model: str, good: npt.NDArray[np.bool_]) -> Stained | None:
@@ -530,11 +545,12 @@ def stained_of(context: Context, chunk: Chunk, model: str, good: npt.NDArray[np.
     node = dict(chunk.stains).get(model)
     if node is None:
         return None
-    stain, fits = read_fits(context.out, chunk.item.slide_id, node)
+    fits = read_fits(context.out, chunk.item.slide_id, node)
+    rows = fits.rows
     if isinstance(chunk.item, Pack):
         start = chunk.index * context.store.rows(chunk.tile.tile_px)
-        fits = tuple(fits[start + i] for i in np.flatnonzero(good).tolist())
-    return Stained(stain, tuple(fit for fit in fits if isinstance(fit, StainFit)))
+        rows = tuple(rows[start + i] for i in np.flatnonzero(good).tolist())
+    return Stained(fits.stain, tuple(fit for fit in rows if isinstance(fit, StainFit)))
 
 
 @lru_cache(maxsize=16)

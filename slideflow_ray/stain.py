@@ -225,7 +225,7 @@ def _fit_dyes(tiles: Sequence[Floats], method: Method, solve: Any) -> StainFit:
     several = [w for w in (solve(v) for v in tiles) if w is not None and np.isfinite(w).all()]
     if not several:
         raise StainError(
-            f"{method.capitalize()}'s stain vectors are not defined: too few pixels are dark enough, or of too few colours."
+            f"{method.capitalize()}'s stain vectors are not defined: too few dark pixels, or too few colours."
         )
     matrix = np.median(several, axis=0)
     matrix = matrix / np.linalg.norm(matrix, axis=0)

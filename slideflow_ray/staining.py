@@ -7,6 +7,7 @@ models of any tile size share it, and the stored tiles stay raw.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -138,14 +139,22 @@ def _keep(store: SlideStore, node: str, attributes: Mapping[str, Any]) -> None:
     store.commit(node)
 
 
+@dataclass(frozen=True)
+class Fits:
+    """What a committed node holds: the stain, and for a slide one fit; for a pack one a row, or why there is none."""
+
+    stain: str
+    rows: tuple[StainFit | FitError | None, ...]
+
+    @property
+    def broken(self) -> dict[int, FitError]:
+        """Why rows have no fit."""
+        return {row: fit for row, fit in enumerate(self.rows) if isinstance(fit, dict)}
+
+
 @lru_cache(maxsize=256)
-def _read(out: str, slide_id: str, node: str) -> tuple[str, tuple[StainFit | FitError, ...], tuple[int, ...]]:
+def read_fits(out: str, slide_id: str, node: str) -> Fits:
+    """Return what a node of fits holds. Raises StoreError, CorruptStore."""
     about = SlideStore(out, slide_id).node_attrs(node)
-    fits = tuple(fit if "code" in fit else StainFit.parse(fit, node) for fit in about["fits"])
-    return about["stain"], fits, tuple(about["of"])
-
-
-def read_fits(out: str, slide_id: str, node: str) -> tuple[str, tuple[StainFit | FitError | None, ...]]:
-    """Return the stain and the fits of a committed node: one of a slide; of a pack one a row, or why there is none."""
-    stain, fits, of = _read(out, slide_id, node)
-    return stain, tuple(fits[i] if i >= 0 else None for i in of)
+    fits = [fit if "code" in fit else StainFit.parse(fit, node) for fit in about["fits"]]
+    return Fits(about["stain"], tuple(fits[i] if i >= 0 else None for i in about["of"]))

@@ -15,7 +15,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from slideflow_ray.errors import BundleError, ConfigError
 from slideflow_ray.remote import at_hand
@@ -199,6 +207,12 @@ class BundleCard(Spec):
         _check_core(self.tile_px, self.halo, self.stride)
         _check_seam(self.halo, self.radius, self.seam)
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_stain(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `stain` out where there is none: digests of cards are what they were before there was the key."""
+        values: dict[str, Any] = plain(self)
+        return values if self.stain else {key: value for key, value in values.items() if key != "stain"}
 
     @property
     def n_classes(self) -> int:

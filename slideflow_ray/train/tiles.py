@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.pipeline import Chunk, Context, OpenSlides, Pixels, read_chunk
+from slideflow_ray.prepare import restained
+from slideflow_ray.stain import Stained, StainTarget
 from slideflow_ray.train.augment import augment, augmentation, mix, seed_of
 from slideflow_ray.train.spec import TrainSpec
 
@@ -66,13 +68,14 @@ class LabelledChunk:
     """A chunk and the class of each of its tiles, int64 (n,); -1 is unknown and left out.
 
     times : how often a tile comes in an epoch, float (n,), 1 if None; of a broken number the rest is a chance.
-    stain : a number for the slide's stain.
+    stain : a number for the slide's stain. colours : how it is stained and what it is to look like, if it is.
     """
 
     chunk: Chunk
     labels: Counts
     times: npt.NDArray[np.float64] | None = None
     stain: int = 0
+    colours: tuple[Stained, StainTarget] | None = None
 
     @property
     def used(self) -> npt.NDArray[np.bool_]:
@@ -198,7 +201,8 @@ class ChunkTiles:
             yield window
 
     def _load(self, c: LabelledChunk, rows: Counts) -> Batch:
-        pixels = read_chunk(self.context, c.chunk, self._slides)[rows]
+        pixels = read_chunk(self.context, c.chunk, self._slides)
+        pixels = (restained(pixels, *c.colours) if c.colours else pixels)[rows]
         return Batch(pixels, c.labels[rows], np.full(len(rows), c.stain, np.int64))
 
 
