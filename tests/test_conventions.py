@@ -47,7 +47,7 @@ LAYERS = [
         "mil",
     ],
     ["quality", "figures"],
-    ["report", "export", "web", "nightly", "submit", "progress", "doctor", "privacy", "demo"],
+    ["report", "stainview", "export", "web", "nightly", "submit", "progress", "doctor", "privacy", "demo"],
     ["cli"],
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -64,13 +64,13 @@ HEAVY = {
     "zarr": {"store.py", "slides/omezarr.py", "slides/guarded.py", "bucket.py"},
     "tifffile": {"export.py", "slides/image.py", "phantoms.py"},
     "imagecodecs": {"slides/image.py"},
-    "matplotlib": {"report.py", "train/record.py"},
+    "matplotlib": {"report.py", "stainview.py", "train/record.py"},
     "jinja2": {"report.py"},
     "pyarrow": {"tables.py"},
     "shapely": {"export.py", "planes.py", "annotations.py", "objects.py"},
     "segmentation_models_pytorch": {"models/networks.py"},
     "tensorboardX": {"train/record.py"},
-    "sklearn": {"train/loop.py", "lesions.py"},
+    "sklearn": {"train/loop.py", "lesions.py", "stainview.py"},
     "defusedxml": {"annotations.py"},
 }
 

@@ -298,6 +298,53 @@ def test_val_of_a_stain_that_train_has_not_is_refused(job, folder):
         prepare(TrainJob.parse({**job, "cohort": str(folder / "train_pas.csv"), "stain": "reinhard"}, "test"))
 
 
+# before and after
+
+
+def test_pictures_of_a_run_show_both_and_count_neighbours(folder, stained, done, tmp_path):
+    from slideflow_ray.stainview import show_stains
+
+    found = show_stains(done, folder=tmp_path)
+    assert [path.name for path in found.files] == ["stain-tiles.png", "stain-tiles-tsne.png", "stain-tiles-tsne.json"]
+    for path in found.files[:2]:
+        with Image.open(path) as image:
+            assert image.size[0] > 900
+            assert np.asarray(image.convert("L")).std() > 10
+    said = json.loads(found.files[2].read_text())
+    assert said == json.loads(json.dumps(found.numbers))
+    assert said["values"] == ["a", "b"]
+    again = show_stains(done, "tiles", tmp_path / "again")
+    assert [p.read_bytes() for p in again.files] == [p.read_bytes() for p in found.files]
+    with pytest.raises(ConfigError, match="'raw' with stain targets"):
+        show_stains(done, "raw")
+
+
+def test_neighbours_are_counted_as_said():
+    """Two clouds 50 apart before, in one place after, each row otherwise where it was."""
+    from sklearn.manifold import trustworthiness
+
+    from slideflow_ray.stainview import compare_features
+
+    rng = np.random.default_rng(0)
+    places = rng.normal(0, 1, (40, 5)).astype(np.float32)
+    before = np.concatenate([places, places + 50])
+    after = np.concatenate([places, places + 1e-3])
+    png, said = compare_features(before, after, "scanner", ["x"] * 40 + ["y"] * 40)
+    assert png.startswith(b"\x89PNG")
+    apart = [np.linalg.norm(x[:, None] - x[None], axis=2) + np.diag([np.inf] * 80) for x in (before, after)]
+    near = [np.argsort(d, axis=1)[:, :10] for d in apart]
+    kept = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*near, strict=True)])
+    assert said["kept"] == pytest.approx(kept)
+    same = [np.mean((n < 40) == (np.arange(80) < 40)[:, None]) for n in near]
+    assert (said["before"]["same"], said["after"]["same"]) == pytest.approx(tuple(same))
+    assert said["before"]["same"] == 1
+    assert said["after"]["same"] < 0.6
+    assert said["trustworthiness"] == pytest.approx(trustworthiness(before, after, n_neighbors=10))
+    assert compare_features(before, after, "scanner", ["x"] * 80)[1]["kept"] == said["kept"]
+    with pytest.raises(ConfigError, match="too few"):
+        compare_features(before[:9], after[:9], "scanner", ["x"] * 9)
+
+
 def test_contexts_still_travel(folder, stained):
     import pickle
 
