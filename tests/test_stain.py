@@ -146,7 +146,6 @@ def all_tissue(seed: int, matrix: np.ndarray, strength: float = 1.0) -> np.ndarr
 
 def test_macenko_is_torchstains():
     """torchstain takes -log((v + 1) / Io): one grey level less and Io = 255 is our density."""
-    pytest.importorskip("torchstain")
     from torchstain.numpy.normalizers import NumpyMacenkoNormalizer
 
     source, into = all_tissue(0, unit(RUIFROK["he"])), all_tissue(1, unit(SCANNER_B["he"]), 1.2)
@@ -161,7 +160,6 @@ def test_macenko_is_torchstains():
 
 
 def test_reinhard_is_torchstains():
-    pytest.importorskip("torchstain")
     from torchstain.numpy.normalizers import NumpyReinhardNormalizer
 
     source, into = all_tissue(2, unit(RUIFROK["he"])), all_tissue(3, unit(SCANNER_B["he"]), 0.8)
