@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +18,20 @@ from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import ChunkScored
 from slideflow_ray.models.bundle import forward_digest, load_weights, read_card, write_bundle
 from slideflow_ray.models.scorer import load_scorer
+from slideflow_ray.packs import pack_items
 from slideflow_ray.phantoms import write_pyramid
-from slideflow_ray.pipeline import Context
+from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.prepare import restained
 from slideflow_ray.profile import resolve
 from slideflow_ray.run import run
-from slideflow_ray.specs import ComputeSpec, RunSpec, StoreSpec, TissueSpec
+from slideflow_ray.specs import ComputeSpec, RunSpec, StoreSpec, TissueSpec, WholeSpec
 from slideflow_ray.stain import Stained, StainFit, fit_tiles
 from slideflow_ray.staining import read_fits
 from slideflow_ray.store import SlideStore, tree_digest, verify
-from slideflow_ray.train.job import prepare
+from slideflow_ray.train.colours import coloured
+from slideflow_ray.train.job import prepare, train
 from slideflow_ray.train.spec import TrainJob
+from slideflow_ray.train.tiles import LabelledChunk
 
 SIDE = 384
 
@@ -131,8 +136,6 @@ def test_a_rerun_does_nothing_and_a_new_target_scores_anew(folder, stained, done
     other = {"he": target(fit_tiles([picture(amounts(3), unit(SCANNER_B["he"]))], "vahadane"))}
     changed = write_bundle(tmp_path / "tiles", card.model_copy(update={"stain": other}), load_weights(stained["tiles"]))
     assert forward_digest(changed) != forward_digest(stained["tiles"])
-    import shutil
-
     shutil.copytree(done, tmp_path / "out")
     run(spec(folder / "cohort.csv", tmp_path / "out", changed))
     store = SlideStore(tmp_path / "out", "a")
@@ -257,9 +260,15 @@ def job(folder) -> dict:
     }
 
 
-def test_training_sees_what_scoring_will_see(job, folder):
-    from slideflow_ray.train.job import train
+@pytest.fixture(scope="module")
+def prepared(job):
+    """What a training without normalisation reads, from which those with it differ in `coloured` alone."""
+    data = prepare(TrainJob.parse(job, "test"))
+    assert data.targets is None
+    return data
 
+
+def test_training_sees_what_scoring_will_see(job, folder, prepared):
     made = TrainJob.parse({**job, "stain": "vahadane"}, "test")
     data = prepare(made)
     assert data.targets is not None
@@ -270,41 +279,87 @@ def test_training_sees_what_scoring_will_see(job, folder):
     out = folder / "judged"
     run(spec(folder / "train.csv", out, result.bundle, store={"chunk_rows": 256}))
     scorer = load_scorer(result.bundle, resolve(ComputeSpec()))
-    raw = scorer.__class__(card.model_copy(update={"stain": None}), scorer.profile, scorer.network, scorer.dtype)
+    raw = replace(scorer, card=card.model_copy(update={"stain": None}))
     for split in ("train", "val"):
         source = data.source(split)
-        for c in source.chunks:
-            seen = source._load(c, np.arange(c.chunk.tiles))
-            slide_id = c.chunk.item.slide_id
-            _, margins, _ = scores(out, slide_id, "trained")
-            np.testing.assert_array_equal(raw.margins(seen.pixels), margins)
+        for c, plain in zip(source.chunks, prepared.source(split).chunks, strict=True):
+            seen = source._load(c, np.arange(c.chunk.tiles)).pixels
+            _, margins, _ = scores(out, c.chunk.item.slide_id, "trained")
+            np.testing.assert_array_equal(raw.margins(seen), margins)
+            assert np.abs(seen.astype(int) - source._load(plain, np.arange(c.chunk.tiles)).pixels).mean() > 1
 
 
-def test_a_target_can_be_named_and_must_be_one_of_train(job):
-    named = TrainJob.parse({**job, "stain": "macenko", "stain_target": {"he": "t2"}}, "test")
-    targets = prepare(named).targets
-    assert targets is not None
-    assert (targets["he"].source, targets["he"].method) == ("t2", "macenko")
+def test_a_target_can_be_named_and_must_be_one_of_train(job, prepared):
+    def targets(**values):
+        return coloured(TrainJob.parse({**job, **values}, "test"), prepared.context, prepared.chunks)[1]
+
+    named = targets(stain="macenko", stain_target={"he": "t2"})["he"]
+    assert (named.source, named.method) == ("t2", "macenko")
+    assert targets(stain="vahadane", stain_lam=0.02)["he"].lam == 0.02
     for wrong in ({"he": "t3"}, {"he": "nobody"}, {"he": "t1", "pas": "t1"}):
         with pytest.raises(ConfigError, match="stain_target"):
-            prepare(TrainJob.parse({**job, "stain": "macenko", "stain_target": wrong}, "test"))
-    assert prepare(TrainJob.parse(job, "test")).targets is None
+            targets(stain="macenko", stain_target=wrong)
 
 
-def test_val_of_a_stain_that_train_has_not_is_refused(job, folder):
-    text = (folder / "train.csv").read_text().replace("t3.geojson,he", "t3.geojson,pas")
-    (folder / "train_pas.csv").write_text(text)
+def test_val_of_a_stain_that_train_has_not_is_refused(job, prepared):
+    def as_pas(c):
+        return replace(c, chunk=replace(c.chunk, item=c.chunk.item.model_copy(update={"stain": "PAS"})))
+
+    chunks = {"train": prepared.chunks["train"], "val": [as_pas(c) for c in prepared.chunks["val"]]}
     with pytest.raises(ConfigError, match="t3 is stained pas"):
-        prepare(TrainJob.parse({**job, "cohort": str(folder / "train_pas.csv"), "stain": "reinhard"}, "test"))
+        coloured(TrainJob.parse({**job, "stain": "reinhard"}, "test"), prepared.context, chunks)
+
+
+def test_slides_whose_stains_cannot_be_told_stop_a_training(job, prepared, folder):
+    flat = read_cohort(folder / "with_others.csv")[-1].model_copy(update={"slide_id": "flat"})
+    c = prepared.chunks["train"][0]
+    chunks = {"train": [replace(c, chunk=replace(c.chunk, item=flat))], "val": []}
+    with pytest.raises(ConfigError, match="flat: E_STAIN"):
+        coloured(TrainJob.parse({**job, "stain": "vahadane"}, "test"), prepared.context, chunks)
+
+
+def test_crops_of_a_training_have_the_fit_of_their_group(job, folder, tmp_path):
+    """A pack as whole-image training lays it: rows without a fit lose their label, the others take their colours."""
+    items = read_cohort(folder / "crops.csv")
+    [pack] = pack_items(tmp_path, items).packs
+    context = Context(str(tmp_path), (), TissueSpec(), StoreSpec(chunk_rows=16))
+    whole = WholeSpec(tile_px=64, fit="squash")
+    SlideStore(tmp_path, pack.slide_id).describe({"kind": "pack", "identity": pack.identity})
+    labels = np.arange(20) % 2
+    chunks = [
+        LabelledChunk(Chunk(pack, "g", whole, i, n, ()), labels[16 * i : 16 * i + n]) for i, n in ((0, 16), (1, 4))
+    ]
+    found, targets = coloured(
+        TrainJob.parse({**job, "stain": "vahadane", "stain_target": {"he": "crop2"}}, "test"),
+        context,
+        {"train": chunks, "val": []},
+    )
+    assert targets is not None
+    assert found["train"][0].labels.tolist() == labels[:16].tolist()
+    assert found["train"][1].labels.tolist() == [*labels[16:18].tolist(), -1, -1]
+    stained, into = found["train"][0].colours
+    assert stained.fits[0] == into.fit == targets["he"].fit
+    assert len(set(stained.fits[:9])) == len(set(stained.fits[9:])) == 1
+    assert stained.fits[0] != stained.fits[9]
 
 
 # before and after
+
+
+def called(*arguments: str) -> tuple[int, str]:
+    from typer.testing import CliRunner
+
+    from slideflow_ray.cli import app
+
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.stdout
 
 
 def test_pictures_of_a_run_show_both_and_count_neighbours(folder, stained, done, tmp_path):
     from slideflow_ray.stainview import show_stains
 
     found = show_stains(done, folder=tmp_path)
+    assert "nearest neighbours kept" in found.summary()
     assert [path.name for path in found.files] == ["stain-tiles.png", "stain-tiles-tsne.png", "stain-tiles-tsne.json"]
     for path in found.files[:2]:
         with Image.open(path) as image:
@@ -313,8 +368,10 @@ def test_pictures_of_a_run_show_both_and_count_neighbours(folder, stained, done,
     said = json.loads(found.files[2].read_text())
     assert said == json.loads(json.dumps(found.numbers))
     assert said["values"] == ["a", "b"]
-    again = show_stains(done, "tiles", tmp_path / "again")
-    assert [p.read_bytes() for p in again.files] == [p.read_bytes() for p in found.files]
+    code, text = called("stain", str(done), "--folder", str(tmp_path / "again"), "--json")
+    assert code == 0
+    again = [Path(path) for path in json.loads(text)["files"]]
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in found.files]
     with pytest.raises(ConfigError, match="'raw' with stain targets"):
         show_stains(done, "raw")
 
