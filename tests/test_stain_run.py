@@ -255,7 +255,7 @@ def job(folder) -> dict:
         "work": str(folder / "work"),
         "classes": ("normal", "tumor"),
         "tile": {"tile_px": 64, "mpp": 0.5},
-        "fit": {"architecture": "small-cnn", "weights": "random", "epochs": 1, "batch_size": 16},
+        "fit": {"architecture": "small-cnn", "weights": "random", "epochs": 1, "batch_size": 16, "threads": 1},
         "executor": {"workers": 1},
     }
 
