@@ -26,6 +26,7 @@ SAID = {
     "pixels": "this version reads tiles in another way",
     "objects": "its segmentation or the settings of `objects` changed",
     "mask": "its mask changed",
+    "stains": "the stains of its images are told otherwise",
 }
 """Sentences for what has no value that a user would know."""
 NAMES = {"rows": "store.chunk_rows", "mpp0": "mpp of the slide"}

@@ -17,6 +17,7 @@
     │   ├── BadMpp           E_BAD_MPP                          refused
     │   ├── BadDimensions    E_DIMENSIONS                       refused
     │   ├── MaskError        E_MASK                             the user's tissue mask
+    │   ├── StainError       E_STAIN                            its stains cannot be told, or the model has none such
     │   └── AnnotationError  E_ANNOTATION
     ├── NanScore             E_NAN_SCORE     ArithmeticError    a model returned NaN
     ├── OutOfMemory          E_OUT_OF_MEMORY MemoryError
@@ -144,6 +145,11 @@ class BadDimensions(SlideError):
 class MaskError(SlideError):
     code = "E_MASK"
     next_step = "Correct the tissue mask named in the cohort's column `mask`, or empty the cell, and run again."
+
+
+class StainError(SlideError):
+    code = "E_STAIN"
+    next_step = "Look at the slide's staining and its columns `stain` and `modality`, then run again."
 
 
 class AnnotationError(SlideError):

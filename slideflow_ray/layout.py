@@ -30,10 +30,14 @@ SHEET_COLS = 32
 """Boxes in one row of the contact sheet of a pack, or of a slide's objects: their cells in `rowcol`."""
 
 
-def pack_grid(store: SlideStore, keep: StoreSpec, whole: WholeSpec, pack: Pack) -> str:
-    """Lay one box for each image of a pack; return the grid's node."""
+def pack_grid(store: SlideStore, keep: StoreSpec, whole: WholeSpec, pack: Pack, stains: str | None = None) -> str:
+    """Lay one box for each image of a pack; return the grid's node.
+
+    `stains` is the node of the images' fits where models want them: rows without a fit fail there, and there only.
+    """
     rows = keep.rows(whole.tile_px)
     determines = {"identity": pack.identity, "whole": whole.model_dump(), "rows": rows, "pixels": PIXELS}
+    determines |= {"stains": stains} if stains else {}
     node = f"{whole.tile_px}px-whole-{digest(determines)}"
     if store.committed(f"grids/{node}"):
         return node

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from slideflow_ray import storage
 from slideflow_ray.changes import why_anew
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import DiskFull, SourceChanged, as_slideflow_error
+from slideflow_ray.errors import DiskFull, SourceChanged, StainError, as_slideflow_error
 from slideflow_ray.focus import focus
 from slideflow_ray.identity import AGAIN, check_same, identity, source
 from slideflow_ray.layout import about_slide, keep_items, object_grid, pack_grid, tile_grid, tissue_mask
@@ -29,7 +29,10 @@ from slideflow_ray.profile import ComputeProfile
 from slideflow_ray.slides import SlideReader, open_slide, read_tiles
 from slideflow_ray.sparse import is_sparse
 from slideflow_ray.specs import BoxSpec, ModelSpec, StoreSpec, TileSpec, TissueSpec, WholeSpec
+from slideflow_ray.stain import Stained, StainFit, StainTarget, stain_name, target_of
+from slideflow_ray.staining import FitError, Fits, Want, pack_fits, read_fits, slide_fits
 from slideflow_ray.store import SlideStore
+from slideflow_ray.tissue import TissueMask
 
 LOSSLESS_SHARE = 0.65
 """Stored bytes per raw byte of H&E tiles (zstd level 1), for the estimate of disk space."""
@@ -39,15 +42,15 @@ AnyTile = TileSpec | WholeSpec | BoxSpec
 
 
 class Scorer(Protocol):
-    """A loaded model."""
+    """A loaded model; `stained` is how the tiles are stained, for one that has stain targets."""
 
-    def margins(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+    def margins(self, pixels: Pixels, stained: Stained | None = None) -> npt.NDArray[np.float32]:
         """Return margins, float32 (n, C), of tiles, uint8 (n, T, T, 3)."""
 
-    def masks(self, pixels: Pixels) -> Pixels:
+    def masks(self, pixels: Pixels, stained: Stained | None = None) -> Pixels:
         """Return classes of the tiles' cores, uint8 (n, core, core), of tiles, uint8 (n, T, T, 3)."""
 
-    def features(self, pixels: Pixels) -> npt.NDArray[np.float16]:
+    def features(self, pixels: Pixels, stained: Stained | None = None) -> npt.NDArray[np.float16]:
         """Return features, float16 (n, D), of tiles, uint8 (n, T, T, 3)."""
 
 
@@ -64,11 +67,11 @@ class Result:
         """What stands where nothing was scored."""
         return NOT_SCORED if self.kind == "masks" else float("nan")
 
-    def of(self, scorer: Scorer, pixels: Pixels) -> npt.NDArray[Any]:
+    def of(self, scorer: Scorer, pixels: Pixels, stained: Stained | None = None) -> npt.NDArray[Any]:
         """Ask a model for it."""
         if self.kind == "masks":
-            return scorer.masks(pixels)
-        return scorer.features(pixels) if self.kind == "features" else scorer.margins(pixels)
+            return scorer.masks(pixels, stained)
+        return scorer.features(pixels, stained) if self.kind == "features" else scorer.margins(pixels, stained)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class RunModel:
     """A bundle as a run needs it; `node` is its name in the store, digest of weights and profile included.
 
     `results` are what it gives: margins of a classifier, masks of a segmentation, features where they are wanted.
-    `digest` is the bundle's forward digest, for the record.
+    `digest` is the bundle's forward digest, for the record. `stain` are its targets, where it has some.
     """
 
     name: str
@@ -87,6 +90,7 @@ class RunModel:
     classes: tuple[str, ...]
     results: tuple[Result, ...]
     digest: str = ""
+    stain: Mapping[str, StainTarget] | None = None
 
     def applies_to(self, item: Item) -> bool:
         """Return whether the model's `where` matches the item's columns."""
@@ -96,6 +100,10 @@ class RunModel:
     def whole(self) -> bool:
         """Whether the model takes images in one piece."""
         return isinstance(self.tile, WholeSpec)
+
+    def target(self, item: Item) -> StainTarget | None:
+        """Return what the item is to look like, None where its colours stay. Raises StainError without a target."""
+        return target_of(self.stain, stain_name(item.stain, item.modality), self.name) if self.stain else None
 
     def nodes(self, grid: str) -> tuple[str, ...]:
         """Return the nodes of what the model gives on a grid."""
@@ -135,7 +143,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One task: B rows of a grid, and the models whose results are still missing there."""
+    """One task: B rows of a grid, and the models whose results are still missing there.
+
+    `stains` has the node of the fits for each model that normalises.
+    """
 
     item: Item | Pack
     grid: str
@@ -143,6 +154,7 @@ class Chunk:
     index: int
     tiles: int
     models: tuple[str, ...]
+    stains: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,13 +215,31 @@ def plan_slide(context: Context, item: Item) -> SlidePlan:
         store.describe(about)
         items = keep_items(store, [item.model_dump(mode="json", exclude_none=True)])
         tissue_node, tissue = tissue_mask(store, context.tissue, context.cache, reader, item, about)
-        grids = []
-        for tile in wanted:
-            users = tuple(model for model in models if model.tile == tile)
-            node = tile_grid(store, context.store, tile, reader, tissue, {**about, "tissue": tissue_node})
-            grids.append(_plan_grid(context, store, item, node, tile, users))
-    boxed, again = _plan_objects(context, store, item, models, grids, about)
-    return _planned(context, store, item, found, [*grids, *boxed], (items, tissue_node), again)
+        laid = {
+            tile: tile_grid(store, context.store, tile, reader, tissue, {**about, "tissue": tissue_node})
+            for tile in wanted
+        }
+        stains = {}
+        if any(len(store.read(f"grids/{node}/item")) for node in laid.values()):
+            stains = _fit_slide(store, item, models, about, (tissue_node, tissue), reader)
+    users = {tile: tuple(model for model in models if model.tile == tile) for tile in wanted}
+    grids = [_plan_grid(context, store, item, node, tile, users[tile], stains) for tile, node in laid.items()]
+    boxed, again = _plan_objects(context, store, item, models, grids, about, stains)
+    nodes = (items, tissue_node, *dict.fromkeys(stains.values()))
+    return _planned(context, store, item, found, [*grids, *boxed], nodes, again)
+
+
+def _fit_slide(
+    store: SlideStore,
+    item: Item,
+    models: Sequence[RunModel],
+    about: Mapping[str, Any],
+    tissue: tuple[str, TissueMask],
+    reader: SlideReader,
+) -> dict[str, str]:
+    """Fit the slide's stains as its models want them; return the node of the fit by that of the model."""
+    targets = {model.node: target for model in models if (target := model.target(item))}
+    return {name: slide_fits(store, item, (t.method, t.lam), about, tissue, reader) for name, t in targets.items()}
 
 
 def open_item(context: Context, item: Item) -> SlideReader:
@@ -225,6 +255,7 @@ def _plan_objects(
     models: Sequence[RunModel],
     grids: Sequence[GridPlan],
     about: Mapping[str, Any],
+    stains: Mapping[str, str],
 ) -> tuple[list[GridPlan], bool]:
     """Lay the grids of the objects that are known; return them, and whether others have yet to be found."""
     users: dict[tuple[BoxSpec, str], list[RunModel]] = {}
@@ -242,8 +273,24 @@ def _plan_objects(
     found = []
     for (boxes, node), several in users.items():
         grid_node = object_grid(store, context.store, boxes, node, about)
-        found.append(_plan_grid(context, store, item, grid_node, boxes, tuple(several)))
+        found.append(_plan_grid(context, store, item, grid_node, boxes, tuple(several), stains))
     return found, again
+
+
+def fit_stains(context: Context, item: Item | Pack, want: Want) -> Fits:
+    """Fit the stains of a slide or a pack that is planned, without a model, as training does; return the fits.
+
+    Raises StainError, ReadError.
+    """
+    store = SlideStore(context.out, item.slide_id)
+    if isinstance(item, Pack):
+        return read_fits(context.out, item.slide_id, pack_fits(store, item, want))
+    found = identity(item.uri, context.cache, item.sha256)
+    with open_item(context, item) as reader:
+        about = about_slide(reader, item, found)
+        tissue = tissue_mask(store, context.tissue, context.cache, reader, item, about)
+        node = slide_fits(store, item, want, about, tissue, reader)
+    return read_fits(context.out, item.slide_id, node)
 
 
 def plan_pack(context: Context, pack: Pack) -> SlidePlan:
@@ -257,13 +304,16 @@ def plan_pack(context: Context, pack: Pack) -> SlidePlan:
         store, [{"slide_id": r.item.slide_id, "identity": r.identity, "mpp": r.item.mpp} for r in pack.rows]
     )
     models = [model for model in context.models if model.whole and model.applies_to(pack.example)]
+    stains = {m.node: pack_fits(store, pack, (t.method, t.lam)) for m in models if (t := m.target(pack.example))}
+    users: dict[tuple[WholeSpec, str | None], list[RunModel]] = {(whole, None): [] for whole in context.wholes}
+    for model in models:
+        if isinstance(model.tile, WholeSpec):
+            users.setdefault((model.tile, stains.get(model.node)), []).append(model)
     grids = []
-    wanted = [*context.wholes, *(model.tile for model in models if isinstance(model.tile, WholeSpec))]
-    for whole in dict.fromkeys(wanted):
-        users = tuple(model for model in models if model.tile == whole)
-        node = pack_grid(store, context.store, whole, pack)
-        grids.append(_plan_grid(context, store, pack, node, whole, users))
-    return _planned(context, store, pack, pack.identity, grids, (items,))
+    for (whole, fits), several in users.items():
+        node = pack_grid(store, context.store, whole, pack, fits)
+        grids.append(_plan_grid(context, store, pack, node, whole, tuple(several), stains))
+    return _planned(context, store, pack, pack.identity, grids, (items, *dict.fromkeys(stains.values())))
 
 
 def _planned(
@@ -309,7 +359,13 @@ def _derived(context: Context, grid: GridPlan) -> list[str]:
 
 
 def _plan_grid(
-    context: Context, store: SlideStore, item: Item | Pack, node: str, tile: AnyTile, models: tuple[RunModel, ...]
+    context: Context,
+    store: SlideStore,
+    item: Item | Pack,
+    node: str,
+    tile: AnyTile,
+    models: tuple[RunModel, ...],
+    stains: Mapping[str, str],
 ) -> GridPlan:
     n = len(store.read(f"grids/{node}/item"))
     rows = context.store.rows(tile.tile_px)
@@ -323,8 +379,9 @@ def _plan_grid(
     kept = _tiles_todo(context, store, node, tile, n, rows)
     for i in [*kept, *_focus_todo(store, node, tile, n, rows), *_outcomes_todo(store, node, tile, n, rows)]:
         missing.setdefault(i, [])
+    fits = tuple((name, stains[name]) for name in names if name in stains)
     todo = tuple(
-        Chunk(item, node, tile, i, min(rows, n - i * rows), tuple(users)) for i, users in sorted(missing.items())
+        Chunk(item, node, tile, i, min(rows, n - i * rows), tuple(users), fits) for i, users in sorted(missing.items())
     )
     return GridPlan(node, tile, n, -(-n // rows), names, todo)
 
@@ -453,6 +510,7 @@ def _read_images(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
     start = chunk.index * rows
     pixels = np.zeros((chunk.tiles, chunk.tile.tile_px, chunk.tile.tile_px, 3), np.uint8)
     broken: dict[str, dict[str, Any]] = {}
+    unfit = _unfit_rows(context, chunk)
     for i, row in enumerate(chunk.item.rows[start : start + chunk.tiles]):
         if row.item.uri == GONE:
             broken[str(start + i)] = {"status": "failed", "code": GONE, "message": "", "next_step": ""}
@@ -461,15 +519,40 @@ def _read_images(context: Context, chunk: Chunk, slides: OpenSlides) -> Pixels:
             pixels[i] = read_image(row, chunk.tile)
             if identity(row.item.uri) != row.identity:
                 raise SourceChanged(f"{row.item.uri} changed after its pack was formed.", next_step=AGAIN)
+            if why := unfit.get(start + i):
+                raise StainError(why["message"], next_step=why["next_step"])
         except Exception as error:  # noqa: BLE001 - whatever one image raises must not end the others
             ours = as_slideflow_error(error, f"reading {row.item.uri}")
             status = "refused" if ours.refused else "failed"
-            why = {"status": status, "code": ours.code, "message": ours.message, "next_step": ours.step}
-            broken[str(start + i)] = why
+            broken[str(start + i)] = {
+                "status": status,
+                "code": ours.code,
+                "message": ours.message,
+                "next_step": ours.step,
+            }
             pixels[i] = 0
     path = SlideStore(context.out, chunk.item.slide_id).root / f"outcomes/{chunk.grid}/{chunk.index}.json"
     storage.write_atomic(path, storage.to_json(broken))
     return pixels
+
+
+def _unfit_rows(context: Context, chunk: Chunk) -> dict[int, FitError]:
+    """The rows of a pack whose stains could not be told, and why; its grid is that of one node of fits."""
+    nodes = dict.fromkeys(node for _, node in chunk.stains)
+    return {k: v for node in nodes for k, v in read_fits(context.out, chunk.item.slide_id, node).broken.items()}
+
+
+def stained_of(context: Context, chunk: Chunk, model: str, good: npt.NDArray[np.bool_]) -> Stained | None:
+    """Return how the chunk's good rows are stained, for the model of that node; None where it does not normalise."""
+    node = dict(chunk.stains).get(model)
+    if node is None:
+        return None
+    fits = read_fits(context.out, chunk.item.slide_id, node)
+    rows = fits.rows
+    if isinstance(chunk.item, Pack):
+        start = chunk.index * context.store.rows(chunk.tile.tile_px)
+        rows = tuple(rows[start + i] for i in np.flatnonzero(good).tolist())
+    return Stained(fits.stain, tuple(fit for fit in rows if isinstance(fit, StainFit)))
 
 
 @lru_cache(maxsize=16)
@@ -494,7 +577,8 @@ def score_chunk(context: Context, chunk: Chunk, pixels: Pixels, scorer: Callable
                 continue
             rows = np.full((len(pixels), *result.shape), result.nothing, result.dtype)
             if good.any():
-                rows[good] = result.of(scorer(name), pixels if good.all() else pixels[good])
+                stained = stained_of(context, chunk, name, good)
+                rows[good] = result.of(scorer(name), pixels if good.all() else pixels[good], stained)
             store.write_chunk(node, chunk.index, rows)
     return len(pixels)
 

@@ -92,6 +92,7 @@ def run_models(spec: RunSpec, profile: ComputeProfile) -> tuple[RunModel, ...]:
             classes=card.classes,
             results=results_of(model, card),
             digest=forward,
+            stain=card.stain,
         )
         for model, card, forward in load_models(spec)
     )

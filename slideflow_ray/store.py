@@ -10,6 +10,7 @@ Layout (docs: DESIGN section 4)::
         labels/<g>/<labelset>         int8 (N, K)
         scores/<g>/<m>                float32 (N, C) margins
         heatmaps/<g>/<m>              OME-Zarr 0.5
+        stains/<method>-<d>           fits of its stains, as attributes
     <out>/commits/<slide>/<node>.json what must be there, byte for byte
 
 A node is written once by one writer and never overwritten: its name ends in 12 hex
@@ -430,7 +431,7 @@ def _groups_above(parts: tuple[str, ...]) -> int:
     """How many plain groups stand above a node: kind and grid; of a grid and what has no grid only the kind."""
     if not parts or parts[0] == "outcomes":  # which are no zarr
         return 0
-    return 1 if parts[0] in ("grids", "items", "tissue") else 2
+    return 1 if parts[0] in ("grids", "items", "tissue", "stains") else 2
 
 
 def _record(commit: Commit) -> bytes:

@@ -24,7 +24,7 @@ LAYERS = [
     ["identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["changes"],
-    ["packs", "planes", "layout", "sparse", "pipeline"],
+    ["packs", "planes", "layout", "sparse", "staining", "pipeline"],
     ["execute", "aggregate"],
     [
         "accounting",
@@ -47,7 +47,7 @@ LAYERS = [
         "mil",
     ],
     ["quality", "figures"],
-    ["report", "export", "web", "nightly", "submit", "progress", "doctor", "privacy", "demo"],
+    ["report", "stainview", "export", "web", "nightly", "submit", "progress", "doctor", "privacy", "demo"],
     ["cli"],
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -64,13 +64,13 @@ HEAVY = {
     "zarr": {"store.py", "slides/omezarr.py", "slides/guarded.py", "bucket.py"},
     "tifffile": {"export.py", "slides/image.py", "phantoms/files.py"},
     "imagecodecs": {"slides/image.py"},
-    "matplotlib": {"report.py", "train/record.py"},
+    "matplotlib": {"report.py", "stainview.py", "train/record.py"},
     "jinja2": {"report.py"},
     "pyarrow": {"tables.py"},
     "shapely": {"export.py", "planes.py", "annotations.py", "objects.py", "train/masks.py"},
     "segmentation_models_pytorch": {"models/networks.py"},
     "tensorboardX": {"train/record.py"},
-    "sklearn": {"train/loop.py", "lesions.py"},
+    "sklearn": {"train/loop.py", "lesions.py", "stainview.py"},
     "defusedxml": {"annotations.py"},
 }
 
@@ -159,6 +159,7 @@ def test_doctests_of_the_light_modules_run():
         "rules",
         "cases",
         "phantoms",
+        "stain",
         "collect",
         "splits",
         "texts",

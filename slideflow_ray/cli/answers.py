@@ -126,3 +126,18 @@ def calibrate(
         typer.echo(json.dumps({"models": [one.model_dump(mode="json") for one in found], "notes": notes}))
     else:
         typer.echo("\n".join([*(one.sentence for one in found), *notes]))
+
+
+@commands.command()
+def stain(
+    out: OutArgument,
+    model: Annotated[str | None, typer.Option(help="The model's name; default: the first with stain targets.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where to; default: the run's own folder.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of t-SNE.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw tiles before and after stain normalisation, and t-SNE of their features with what becomes of neighbours."""
+    from slideflow_ray.stainview import show_stains
+
+    found = show_stains(out, model, folder, seed)
+    typer.echo(json.dumps(found.to_json()) if as_json else found.summary())

@@ -15,11 +15,20 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from slideflow_ray.errors import BundleError, ConfigError
 from slideflow_ray.remote import at_hand
 from slideflow_ray.specs import Fraction, Positive, Spec, digest
+from slideflow_ray.stain import VERSION, Stained, StainTarget
 from slideflow_ray.texts import read_bytes
 
 if TYPE_CHECKING:
@@ -92,6 +101,8 @@ class BundleCard(Spec):
     `mean` and `std` are those of red, green and blue scaled to 0..1, as training used them.
     `precision` "auto" follows the compute profile; "fp32" is for a network that bf16 harms.
     `arguments` go to the architecture's constructor.
+    `stain` has a target for each stain ("he", "pas", as the cohort's column `stain` or `modality` says): tiles come
+    to the network in its colours, and a slide of another stain is refused. None leaves colours as they are.
 
     For task "segment", in px of the tile: `stride`, by which the network divides its input in all (its grid
     of pixels repeats so often); `radius`, how far from an output pixel an input pixel can matter (None
@@ -118,6 +129,7 @@ class BundleCard(Spec):
     channels: Literal[3] = 3
     mean: tuple[Channel, Channel, Channel]
     std: tuple[Positive, Positive, Positive]
+    stain: dict[str, StainTarget] | None = None
     precision: Literal["auto", "fp32"] = "auto"
     licence: Annotated[str, Field(max_length=10_000)] = "unknown"
     description: Annotated[str, Field(max_length=100_000)] = ""
@@ -145,6 +157,15 @@ class BundleCard(Spec):
     def _harmless(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if bad := sorted(set(value) & OURS_TO_SET):
             raise ValueError(f"{', '.join(bad)} cannot be given: weights and sizes come from the bundle itself")
+        return value
+
+    @field_validator("stain")
+    @classmethod
+    def _targets_of_their_stains(cls, value: dict[str, StainTarget] | None) -> dict[str, StainTarget] | None:
+        if value is not None and not value:
+            raise ValueError("no target for any stain; leave `stain` out, or give one")
+        if wrong := [name for name, target in (value or {}).items() if target.stain != name]:
+            raise ValueError(f"the target of {wrong[0]!r} is for {(value or {})[wrong[0]].stain!r}")
         return value
 
     @model_validator(mode="after")
@@ -187,6 +208,12 @@ class BundleCard(Spec):
         _check_seam(self.halo, self.radius, self.seam)
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_no_stain(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `stain` out where there is none: digests of cards are what they were before there was the key."""
+        values: dict[str, Any] = plain(self)
+        return values if self.stain else {key: value for key, value in values.items() if key != "stain"}
+
     @property
     def n_classes(self) -> int:
         """The columns of a row of margins, or the classes of a pixel; 0 for an encoder."""
@@ -197,10 +224,19 @@ class BundleCard(Spec):
         """The side of what a tile's mask keeps: the tile without its halo."""
         return self.tile_px - 2 * (self.halo or 0)
 
+    @property
+    def own_colours(self) -> Stained | None:
+        """How tiles are stained that have a target's colours already; None without targets."""
+        return next((Stained(name, (target.fit,)) for name, target in (self.stain or {}).items()), None)
+
     def to_json(self) -> str:
         """Return the text of bundle.json."""
         values = self.model_dump(mode="json", by_alias=True)
         said = {key: value for key, value in values.items() if value is not None}
+        if self.stain:
+            said["stain"] = {
+                name: target.model_dump(mode="json", exclude_none=True) for name, target in self.stain.items()
+            }
         return json.dumps(said, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -306,6 +342,7 @@ def load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 def forward_digest(folder: str | Path) -> str:
     """Return 12 hex digits of what changes margins: the weights' bytes and the card's part in the forward pass.
 
+    Targets of stain normalisation are in it where there are some, with the version of what is made of them.
     Names, licence and description are outside, so renaming a class keeps its scores. `tile_px`, `mpp` and
     `halo` are outside too: they shape the grid, whose own digest stands beside this one in every node's
     name. `stride`, `radius` and `seam` are statements about the network that change nothing.
@@ -314,7 +351,14 @@ def forward_digest(folder: str | Path) -> str:
     with weights_path(folder).open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     said = {"task", "architecture", "arguments", "channels", "mean", "std", "precision"}
-    return digest({**card.model_dump(mode="json", include=said), "n_classes": card.n_classes, "weights": weights})
+    colours = {"stain": [VERSION, seen_targets(card)]} if card.stain else {}
+    seen = card.model_dump(mode="json", include=said) | colours
+    return digest({**seen, "n_classes": card.n_classes, "weights": weights})
+
+
+def seen_targets(card: BundleCard) -> dict[str, Any]:
+    """Return what of a card's targets changes pixels: all but whose colours they are."""
+    return {name: t.model_dump(mode="json", exclude={"source"}) for name, t in sorted((card.stain or {}).items())}
 
 
 def write_bundle(

@@ -15,20 +15,22 @@ import torch
 from torch import nn
 
 from slideflow_ray import profile as profiles
-from slideflow_ray.errors import BundleError, NanScore, OutOfMemory
+from slideflow_ray.errors import BundleError, NanScore, OutOfMemory, StainError
 from slideflow_ray.models.bundle import NOT_SCORED, BundleCard, Task
 from slideflow_ray.models.fuse import fold_batch_norms, with_precision
 from slideflow_ray.models.networks import headless, load_network
 from slideflow_ray.models.seam import total_stride
 from slideflow_ray.models.unet import Unet
-from slideflow_ray.prepare import scale, to_tensor
+from slideflow_ray.prepare import restain, scale, to_tensor
 from slideflow_ray.profile import ComputeProfile
+from slideflow_ray.stain import Stained, target_of
 
 Pixels = npt.NDArray[np.uint8]
 Scores = npt.NDArray[np.float32]
 Masks = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float16]
 Network = Callable[[torch.Tensor], torch.Tensor]
+Colouring = Callable[[torch.Tensor, int], torch.Tensor]
 
 MICRO_BATCH_SIDE = 256
 """A profile's micro-batch counts tiles of this side; activations of larger tiles for segmentation would not fit."""
@@ -77,6 +79,9 @@ class Scorer:
     """A network with its card and profile. Safe to call from several threads at once.
 
     `encoder` is the network without its head, where the task has features.
+
+    A bundle with stain targets needs to know how the tiles are stained (`stained`), and raises StainError where it is
+    not told or has no target; to other bundles it means nothing.
     """
 
     card: BundleCard
@@ -85,7 +90,7 @@ class Scorer:
     dtype: torch.dtype
     encoder: Network | None = None
 
-    def margins(self, pixels: Pixels) -> Scores:
+    def margins(self, pixels: Pixels, stained: Stained | None = None) -> Scores:
         """Return the margins of tiles; a tile's margins do not depend on its neighbours in `pixels`.
 
         pixels : uint8, shape (n, tile_px, tile_px, 3), read-only or not
@@ -96,11 +101,11 @@ class Scorer:
         """
         if self.card.task not in ("classify", "multilabel"):
             raise self._gives_no("margins")
-        found: Scores = self._forward(pixels, self.network, lambda logits: to_margins(logits, self.card.task))
+        found: Scores = self._forward(pixels, self.network, lambda logits: to_margins(logits, self.card.task), stained)
         self._check_finite(np.isfinite(found).all(axis=1), "margin")
         return found
 
-    def masks(self, pixels: Pixels) -> Masks:
+    def masks(self, pixels: Pixels, stained: Stained | None = None) -> Masks:
         """Return the class of each pixel of the tiles' cores; a tile's mask does not depend on its neighbours.
 
         pixels : uint8, shape (n, tile_px, tile_px, 3), halo included
@@ -110,7 +115,7 @@ class Scorer:
         """
         if self.card.task != "segment":
             raise self._gives_no("masks")
-        found: Masks = self._forward(pixels, self.network, self._classes)
+        found: Masks = self._forward(pixels, self.network, self._classes, stained)
         self._check_finite((found != NOT_SCORED).all(axis=(1, 2)), "logit")
         return found
 
@@ -120,7 +125,7 @@ class Scorer:
         classes = core.argmax(1).to(torch.uint8)
         return classes.masked_fill_(~core.isfinite().all(1), NOT_SCORED)
 
-    def features(self, pixels: Pixels) -> Features:
+    def features(self, pixels: Pixels, stained: Stained | None = None) -> Features:
         """Return what the head is given for each tile, or an encoder's output.
 
         pixels : uint8, shape (n, tile_px, tile_px, 3)
@@ -130,7 +135,7 @@ class Scorer:
         """
         if self.encoder is None:
             raise self._gives_no("features")
-        found: Features = self._forward(pixels, self.encoder, lambda rows: rows.to(torch.float16))
+        found: Features = self._forward(pixels, self.encoder, lambda rows: rows.to(torch.float16), stained)
         if found.ndim != 2:
             raise BundleError(
                 f"{self.card.architecture} gives features of shape {found.shape[1:]} per tile, not a row."
@@ -138,35 +143,51 @@ class Scorer:
         self._check_finite(np.isfinite(found).all(axis=1), "feature")
         return found
 
-    def logits(self, pixels: Pixels) -> Scores:
+    def logits(self, pixels: Pixels, stained: Stained | None = None) -> Scores:
         """Return what the network gives, float32, shape (n, n_classes) or (n, n_classes, tile_px, tile_px).
 
-        For temperature and for looking at a network, never for histograms.
+        For temperature and for looking at a network, never for histograms. Raises as `margins`.
         """
-        found: Scores = self._forward(pixels, self.network, lambda logits: logits)
+        found: Scores = self._forward(pixels, self.network, lambda logits: logits, stained)
         return found
 
     def _forward(
-        self, pixels: Pixels, network: Network, finish: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        pixels: Pixels,
+        network: Network,
+        finish: Callable[[torch.Tensor], torch.Tensor],
+        stained: Stained | None,
     ) -> npt.NDArray[Any]:
         self._check_size(pixels)
+        colour = self._colouring(stained, len(pixels))
         if self.profile.device == "cpu":
             pin_threads(self.profile.threads)
         batch, n = tiles_per_pass(self.card, self.profile), len(pixels)
         with torch.inference_mode(), _memory(self):
             # no tiles at all still pass once, for the shape of nothing
             starts = range(0, max(n, 1), batch)
-            rows = [finish(self._micro_batch(network, pixels[i : i + batch], batch)) for i in starts]
+            rows = [finish(self._micro_batch(network, pixels[i : i + batch], batch, colour, i)) for i in starts]
             # one wait for the device, after every micro-batch is queued
             return torch.cat(rows).cpu().numpy()
 
-    def _micro_batch(self, network: Network, pixels: Pixels, batch: int) -> torch.Tensor:
+    def _colouring(self, stained: Stained | None, n: int) -> Colouring:
+        """Return what brings the tiles from a row on into the target's colours."""
+        if self.card.stain is None:
+            return lambda tiles, start: tiles
+        if stained is None:
+            raise StainError(f"{self.card.name} scores normalised tiles, and was not told how these are stained.")
+        target = target_of(self.card.stain, stained.stain, self.card.name)
+        if len(stained.fits) not in (1, n):
+            raise StainError(f"{n} tiles need one fit or {n}, got {len(stained.fits)}.")
+        return lambda tiles, start: restain(tiles, stained.rows(start, start + len(tiles)), target)
+
+    def _micro_batch(self, network: Network, pixels: Pixels, batch: int, colour: Colouring, start: int) -> torch.Tensor:
         """Return the outputs of at most `batch` tiles: sums depend on the batch's shape, so it never changes."""
         n = len(pixels)
         if n < batch:
             pixels = np.concatenate([pixels, np.zeros((batch - n, *pixels.shape[1:]), np.uint8)])
         tiles = to_tensor(pixels, self.profile.device)
-        x = scale(tiles, self.card.mean, self.card.std, dtype=self.dtype)
+        x = scale(colour(tiles, start), self.card.mean, self.card.std, dtype=self.dtype)
         return network(x)[:n].float()
 
     def _check_finite(self, finite: npt.NDArray[np.bool_], what: str) -> None:
@@ -216,7 +237,8 @@ def make_scorer(card: BundleCard, net: nn.Module, profile: ComputeProfile) -> Sc
     encoder = None if card.task == "segment" else compiled(headless(ready, card.n_classes))
     network = encoder if encoder is not None and card.task == "features" else compiled(ready)
     scorer = Scorer(card, profile, network, dtype, encoder)
-    scorer.logits(np.zeros((1, card.tile_px, card.tile_px, 3), np.uint8))  # compiles, and fills oneDNN's caches
+    blank = np.zeros((1, card.tile_px, card.tile_px, 3), np.uint8)
+    scorer.logits(blank, card.own_colours)  # compiles, and fills oneDNN's caches
     return scorer
 
 

@@ -132,7 +132,7 @@ def search(job: TrainJob, spec: SearchSpec, listen: Listener = silent) -> tuple[
     check_out(job)
     data = prepare(job, listen)
     _check_val(data, job)
-    card = card_of(job).model_dump(mode="json", exclude={"name", "description"})
+    card = card_of(job, data.targets).model_dump(mode="json", exclude={"name", "description"})
     seen = data_record(data.chunks, data.identities)["digest"]
     name = digest([card, job.fit.model_dump(mode="json"), spec.model_dump(mode="json"), seen, versions()])
     note = Path(job.work) / "searches" / f"{Path(job.out).name}-{name}.json"
@@ -201,7 +201,7 @@ def _trial(config: dict[str, Any], given: Any) -> None:
         best.append(_candidate(config["settings"], progress.history[progress.best_epoch]))
         tune.report({"val_loss": best[-1].loss})
 
-    card = card_of(job.model_copy(update={"fit": spec}))
+    card = card_of(job.model_copy(update={"fit": spec}), data.targets)
     fit(card, spec, data.source("train"), data.source("val"), start=find_weights(spec).state, save=save)
     last = best[-1]
     tune.report({"best": {"loss": last.loss, "accuracy": last.accuracy, "auc": last.auc, "epoch": last.epoch}})

@@ -24,6 +24,7 @@ from slideflow_ray.specs import RunSpec, TileSpec, digest
 from slideflow_ray.splits import identities_of, lone_note, with_splits
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
+from slideflow_ray.train.colours import Targets, coloured
 from slideflow_ray.train.crew import Crew
 from slideflow_ray.train.dense import settled, tiles_said, with_seam
 from slideflow_ray.train.images import (
@@ -98,12 +99,13 @@ def _or_none(value: float) -> str:
 
 @dataclass(frozen=True)
 class Data:
-    """What a training reads: chunks with labels by split, and the identities of their slides."""
+    """What a training reads: chunks with labels by split, the identities of their slides, and its stain targets."""
 
     context: Context
     chunks: Chunks
     identities: Mapping[str, str]
     leaking: str = ""
+    targets: Targets | None = None
 
     def source(self, split: str) -> ChunkTiles:
         """Return a split's tiles."""
@@ -141,8 +143,8 @@ def check_out(job: TrainJob) -> None:
         raise ConfigError(f"{job.out} exists already.", next_step="Choose another --out, or say --overwrite.")
 
 
-def card_of(job: TrainJob) -> BundleCard:
-    """Return the card of the bundle that a job writes. Raises ConfigError."""
+def card_of(job: TrainJob, targets: Targets | None = None) -> BundleCard:
+    """Return the card of the bundle that a job writes, with the targets of `prepare`. Raises ConfigError."""
     job = settled(job)
     return BundleCard.parse(
         {
@@ -154,6 +156,7 @@ def card_of(job: TrainJob) -> BundleCard:
             **shape_of(job),
             "mean": IMAGENET_MEAN,
             "std": IMAGENET_STD,
+            "stain": targets,
             "licence": job.licence,
             "description": f"trained on {Path(job.cohort).name}" + (f". {LEAKING}" if leaks(job) else ""),
         },
@@ -262,7 +265,7 @@ def _of_class(c: LabelledChunk, i: int) -> int:
 
 def _inline(job: TrainJob, data: Data, start: Start, listen: Listener, record: Mapping[str, Any]) -> TrainResult:
     """Train in this process."""
-    training = _Training(job, card_of(job), data, start, 1, record)
+    training = _Training(job, card_of(job, data.targets), data, start, 1, record)
     if (done := training.done()) is not None:
         return done
     saved = last_epoch(training.folder)
@@ -304,7 +307,7 @@ def _on_ray(job: TrainJob, data: Data, start: Start, listen: Listener, record: M
     from slideflow_ray.train.on_ray import Task, fit_on_ray, joined
 
     with joined(job.crew, job.fit) as size:
-        training = _Training(job, card_of(job), data, start, size, record)
+        training = _Training(job, card_of(job, data.targets), data, start, size, record)
         if (done := training.done()) is not None:
             return done
         train_, val = data.source("train"), data.source("val")
@@ -352,7 +355,8 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
     if job.whole and (left := left_out(job, items)):
         listen(Noted(left))
     chunks["train"] = _chosen(job, context, chunks["train"], listen)
-    return Data(context, chunks, identities, LEAKING if leaks(job) else "")
+    chunks, targets = coloured(job, context, chunks)
+    return Data(context, chunks, identities, LEAKING if leaks(job) else "", targets)
 
 
 def _split(job: TrainJob, listen: Listener) -> list[Item]:

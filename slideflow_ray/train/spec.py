@@ -23,6 +23,7 @@ from slideflow_ray.specs import (
     read_settings,
     relative_to,
 )
+from slideflow_ray.stain import LAM, Method
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -178,6 +179,10 @@ class TrainJob(Spec):
     "segment": a class for each pixel, by the annotations' polygons.
     Labels for training are of tiles that a class covers by three quarters (004); a lower `labels.fraction` takes
     in less homogeneous tiles at the border.
+
+    stain : the method by which tiles are normalised, in training and by the bundle ever after. stain_target : whose
+    colours they take, a slide of the train split for each stain ({he = "slide-7"}); by default the one whose fit is
+    nearest the median. stain_lam : the L1 weight of Vahadane's fits, 0.1 or 0.02.
     """
 
     cohort: str
@@ -195,6 +200,9 @@ class TrainJob(Spec):
     labels: LabelSpec = LabelSpec(rule="fraction")
     split: SplitSpec = SplitSpec()
     sample: SampleSpec = SampleSpec()
+    stain: Method | None = None
+    stain_target: dict[str, str] = Field(default={})
+    stain_lam: Annotated[float, Field(gt=0, le=1)] = LAM
     licence: str = "unknown"
     overwrite: bool = False
 

@@ -15,6 +15,8 @@ from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import Chunk, Context, OpenSlides, Pixels, read_chunk
+from slideflow_ray.prepare import restained
+from slideflow_ray.stain import Stained, StainTarget
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train.augment import augment, augment_both, augmentation, mix, seed_of
 from slideflow_ray.train.spec import TrainSpec
@@ -71,7 +73,8 @@ class LabelledChunk:
 
     labels : -1 is unknown; a tile of which nothing is known is left out.
     times : how often a tile comes in an epoch, float (n,), 1 if None; of a broken number the rest is a chance.
-    stain : a number for the slide's stain. start : the chunk's first row in its grid.
+    stain : a number for the slide's stain. colours : how it is stained and what it is to look like, if it is.
+    start : the chunk's first row in its grid.
     masks : for a segmentation the node of the tiles' masks, and areas : their pixels by class, int64 (n, K); then
     `labels` is what a tile shows (see `masks.shown_by`).
     """
@@ -83,6 +86,7 @@ class LabelledChunk:
     start: int = 0
     masks: str | None = None
     areas: Counts | None = None
+    colours: tuple[Stained, StainTarget] | None = None
 
     @property
     def known(self) -> npt.NDArray[np.bool_]:
@@ -233,7 +237,8 @@ class ChunkTiles:
             yield window
 
     def _load(self, c: LabelledChunk, rows: Counts) -> Batch:
-        pixels = read_chunk(self.context, c.chunk, self._slides)[rows]
+        pixels = read_chunk(self.context, c.chunk, self._slides)
+        pixels = (restained(pixels, *c.colours) if c.colours else pixels)[rows]
         labels = c.labels[rows]
         if c.masks is not None:
             labels = SlideStore(self.context.out, c.chunk.item.slide_id).read(c.masks, c.chunk.index)[rows]
