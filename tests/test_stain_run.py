@@ -327,7 +327,8 @@ def test_crops_of_a_training_have_the_fit_of_their_group(job, folder, tmp_path):
     SlideStore(tmp_path, pack.slide_id).describe({"kind": "pack", "identity": pack.identity})
     labels = np.arange(20) % 2
     chunks = [
-        LabelledChunk(Chunk(pack, "g", whole, i, n, ()), labels[16 * i : 16 * i + n]) for i, n in ((0, 16), (1, 4))
+        LabelledChunk(Chunk(pack, "g", whole, i, n, ()), labels[16 * i : 16 * i + n], start=16 * i)
+        for i, n in ((0, 16), (1, 4))
     ]
     found, targets = coloured(
         TrainJob.parse({**job, "stain": "vahadane", "stain_target": {"he": "crop2"}}, "test"),

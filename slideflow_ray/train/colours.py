@@ -33,8 +33,7 @@ def coloured(job: TrainJob, context: Context, chunks: Chunks) -> tuple[Chunks, T
         return chunks, None
     units = {c.chunk.item.slide_id: c.chunk.item for several in chunks.values() for c in several if c.used.any()}
     fits = _fitted(job, context, list(units.values()))
-    known = {split: {c.chunk.item.slide_id: c.chunk.item for c in several} for split, several in chunks.items()}
-    candidates = [found for slide_id, unit in known["train"].items() for found in _named(unit, fits.get(slide_id))]
+    candidates = [found for c in chunks["train"] for found in _named(c, fits.get(c.chunk.item.slide_id))]
     targets = _targets(job, candidates)
     every = {
         split: [_one(context, c, fits.get(c.chunk.item.slide_id), targets) for c in several]
@@ -62,15 +61,20 @@ def _fitted(job: TrainJob, context: Context, units: Sequence[Item | Pack]) -> Ma
     return {name: fits for name, fits in found.items() if isinstance(fits, Fits)}
 
 
-def _named(unit: Item | Pack, fits: Fits | None) -> Iterator[tuple[str, str, StainFit]]:
-    """The stain, the slide or crop, and the fit of each: one of a slide, one of each group of crops for each crop.
+def _named(c: LabelledChunk, fits: Fits | None) -> Iterator[tuple[str, str, StainFit]]:
+    """The stain, the slide or crop, and the fit of what a chunk shows: of a slide, or of each crop with a label.
 
-    Crops of the other splits lie in the same packs, and are no candidates.
+    Crops of the other splits lie in the same packs, without a label here, and are no candidates.
     """
-    items = [row.item for row in unit.rows] if isinstance(unit, Pack) else [unit]
-    for item, fit in zip(items, fits.rows if fits else (), strict=False):
-        if fits and isinstance(fit, StainFit) and item.split == "train":
-            yield fits.stain, item.slide_id, fit
+    unit = c.chunk.item
+    if fits is None or not c.used.any():
+        return
+    names = [(row.item.slide_id, i) for i, row in enumerate(unit.rows)] if isinstance(unit, Pack) else []
+    known = set((c.start + np.flatnonzero(c.used)).tolist())
+    shown = [(name, i) for name, i in names if i in known] or ([] if names else [(unit.slide_id, 0)])
+    for name, i in shown:
+        if isinstance(fit := fits.rows[i], StainFit):
+            yield fits.stain, name, fit
 
 
 def _targets(job: TrainJob, candidates: Sequence[tuple[str, str, StainFit]]) -> Targets:
