@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from slideflow_ray import aggregate, answers
+from slideflow_ray import aggregate, answers, cascade
 from slideflow_ray.aggregate import Calls, Part, Scheduler, Sides, SlideScore, Tiles
 from slideflow_ray.annotations import class_of
 from slideflow_ray.cases import (
@@ -128,6 +128,7 @@ def evaluate(
         for name, columns in TABLES.items():
             write_table(run.out / f"{name}.parquet", columns, [row for d in done for row in d.rows[name]])
         write_evaluation(run.out, evaluation)
+        cascade.write_tables(run.out, run.scheduler)
     return evaluation
 
 
