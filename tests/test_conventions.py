@@ -49,7 +49,7 @@ LAYERS = [
         "explain",
         "mil",
     ],
-    ["quality", "figures"],
+    ["quality", "figures", "gallery"],
     ["report", "export", "web", "nightly", "submit", "progress", "doctor", "privacy", "demo"],
     ["cli"],
 ]
