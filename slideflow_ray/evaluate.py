@@ -392,6 +392,8 @@ def _left_out(run: Run, model: Model, parts: Sequence[Part], tiles: Tiles) -> It
         unknown = sum(tiles.slides[part.slide_id].unknown for part in mine)
         if bare:
             yield f"{model.name}: {unknown:,} tiles of {bare} slides in split {split!r} are unlabelled and left out."
+        elif unknown and mine[0].on_objects:
+            yield f"{model.name}: {unknown:,} objects in split {split!r} are annotated with no one class, left out."
         elif unknown:
             yield f"{model.name}: {unknown:,} tiles in split {split!r} are partly in a region, of no class, left out."
     strange = sorted(

@@ -34,6 +34,9 @@ PATIENTS = 300
 MARGIN = 0.15
 """Of a box's longer side, around an object that is read from its slide."""
 
+AT_ONCE = 512
+"""Tiles of a slide that are read together; of more, those that are shown one by one."""
+
 Rgb = npt.NDArray[np.uint8]
 Row = dict[str, Any]
 
@@ -56,8 +59,7 @@ def objects_page(out: Path, record: Mapping[str, Any], found: Evaluation) -> lis
                 "name": cascade.name,
                 "total": len(mine),
                 "adequate": adequate,
-                "heads": _heads(cascade),
-                "rule": "; ".join(dict.fromkeys(judge.rule for judge in cascade.judges)),
+                "parts": _parts(cascade),
                 "sclerosis": _sclerosis(counts, cascade),
                 **_patients(counts, cascade),
                 "groups": list(_groups(mine, cascade, budget)),
@@ -71,16 +73,22 @@ def objects_page(out: Path, record: Mapping[str, Any], found: Evaluation) -> lis
 # counts
 
 
-def _heads(cascade: Cascade) -> list[dict[str, str]]:
-    """The classes that are counted: their key in counts.parquet, name, model and colour."""
-    own = [{"key": f"{cascade.name}_{c}", "name": c, "model": cascade.name} for c in cascade.found]
-    heads = own if len(own) > 1 else []
-    heads = [head | {"colour": COLOURS[i % len(COLOURS)]} for i, head in enumerate(heads)]
-    for judge in cascade.judges:
-        for i, name in enumerate(judge.classes):
-            colour = COLOURS[i % len(COLOURS)]
-            heads.append({"key": f"{judge.name}_{name}", "name": name, "model": judge.name, "colour": colour})
-    return heads
+def _parts(cascade: Cascade) -> list[dict[str, Any]]:
+    """What tells objects apart: each model on them, and the segmentation itself where it has several classes.
+
+    Each with its rule and its classes: their key in counts.parquet, name and colour. One without classes if none does.
+    """
+    parts = [{"name": j.name, "rule": j.rule, "heads": _heads(j.name, j.classes)} for j in cascade.judges]
+    if len(cascade.found) > 1:
+        rule = "by the segmentation"
+        parts.append({"name": cascade.name, "rule": rule, "heads": _heads(cascade.name, cascade.found)})
+    return parts or [{"name": "", "rule": "", "heads": []}]
+
+
+def _heads(model: str, classes: Sequence[str]) -> list[dict[str, str]]:
+    return [
+        {"key": f"{model}_{name}", "name": name, "colour": COLOURS[i % len(COLOURS)]} for i, name in enumerate(classes)
+    ]
 
 
 def _sclerosis(counts: Sequence[Row], cascade: Cascade) -> bool:
@@ -106,10 +114,8 @@ def _patients(counts: Sequence[Row], cascade: Cascade) -> dict[str, Any]:
 
 
 def _beside(patient: Row, sections: Sequence[Row]) -> list[Row]:
-    """A patient's sections where there are several; the one that counts is marked."""
-    if len(sections) < 2:
-        return []
-    return [row | {"counts": row["slide_id"] == patient["slide_id"]} for row in sections]
+    """A patient's sections but the one that counts."""
+    return [row for row in sections if row["slide_id"] != patient["slide_id"]]
 
 
 # detection
@@ -171,8 +177,12 @@ class _Budget:
         store = SlideStore(self.out, slide_id)
         if grid is None or not store.has(f"grids/{grid}/tiles/zarr.json"):
             return {}
+        first, last = min(numbers), max(numbers) + 1
         try:
-            return {n: store.read_rows(f"grids/{grid}/tiles", n, n + 1)[0] for n in numbers}
+            if last - first > AT_ONCE:
+                return {n: store.read_rows(f"grids/{grid}/tiles", n, n + 1)[0] for n in numbers}
+            tiles = store.read_rows(f"grids/{grid}/tiles", first, last)
+            return {n: tiles[n - first] for n in numbers}
         except (SlideflowError, OSError, IndexError):
             return {}
 
@@ -204,7 +214,7 @@ def _read_square(reader: SlideReader, box: tuple[int, int, int]) -> Rgb:
 
 def small(pixels: Rgb) -> Rgb:
     """Return pixels at THUMB_PX x THUMB_PX, uint8."""
-    return np.asarray(Image.fromarray(pixels).resize((THUMB_PX, THUMB_PX), Image.Resampling.BOX))
+    return np.asarray(Image.fromarray(pixels).resize((THUMB_PX, THUMB_PX), Image.Resampling.LANCZOS))
 
 
 def _groups(rows: Sequence[Row], cascade: Cascade, budget: _Budget) -> Iterator[dict[str, Any]]:

@@ -222,6 +222,8 @@ def _model(model: Mapping[str, Any], found: Evaluation, tables: Mapping[str, Row
     return {
         "name": model["name"],
         "task": model["task"],
+        "detection": next((d for d in found.detections if (d.model, d.split) == (model["node"], JUDGED)), None),
+        "unit": "object" if model["on"].startswith(OBJECTS) and headline and headline.level == "tile" else "",
         "headline": headline,
         "point": points.get((headline.level, headline.class_name)) if headline else None,
         "overall": _overall(model["node"], results, found.tables),
