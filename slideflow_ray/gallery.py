@@ -123,7 +123,8 @@ def _beside(patient: Row, sections: Sequence[Row]) -> list[Row]:
 
 def _tables(result: Detection) -> Iterator[dict[str, Any]]:
     """What a model called the matched objects of test, with those that have no partner."""
-    for one in result.called if result.split == JUDGED else ():
+    known = [one for one in result.called if result.matched > one.unknown] if result.split == JUDGED else []
+    for one in known:
         yield {
             "called": one,
             "rows": [
