@@ -156,6 +156,9 @@ def read_found(out: Path, item: Item, outcome: Mapping[str, Any], cascade: Casca
     if not grid:
         return Found(item, cascade, "", None) if outcome["laid"] else None
     store = SlideStore(out, item.slide_id)
+    laid = store.committed(f"grids/{grid}")
+    if laid is not None and laid.outcome == "no_tissue":
+        return Found(item, cascade, "", None)
     objects = read_objects(store, objects_node(grid, cascade.node, cascade.spec))
     if not len(objects):
         return Found(item, cascade, grid, None)

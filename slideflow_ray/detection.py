@@ -200,7 +200,8 @@ def read_slide(run: Run, found: Found) -> Slide:
         alike = np.array([annotated[t].found in ("", kinds[p]) for t, p in pairs.tolist()], bool)
         pairs, iou = pairs[alike], iou[alike]
     kept = match(pairs, iou)
-    called = {judge.name: judge.called(found.margins[judge.name]) for judge in cascade.judges if len(found.margins)}
+    ran = [judge for judge in cascade.judges if judge.name in found.margins]
+    called = {judge.name: judge.called(found.margins[judge.name]) for judge in ran}
     area = None if any(one.is_box for one in annotated) else areas_um2(run, found, [one.shape for one in annotated])
     return Slide(item, tuple(annotated), len(shapes), pairs[kept], iou[kept], area, called, tuple(others))
 
@@ -276,8 +277,9 @@ def detect(
     notes: list[str] = []
     rows: Rows = {name: [] for name in TABLES}
     for cascade in cascades(record, points):
-        slides = _slides(run, cascade)
-        notes += _notes(cascade, slides)
+        read = _slides(run, cascade)
+        slides = [slide for slide in read if slide.truths or not slide.others]
+        notes += _notes(cascade, read, slides)
         rows["detection"] += [_slide_row(cascade, slide) for slide in slides]
         rows["matches"] += [row for slide in slides for row in _match_rows(cascade, slide)]
         for split in (FITTED, JUDGED):
@@ -314,10 +316,13 @@ def _merged(several: Sequence[_Read]) -> _Read:
     return {k: v for found, _ in several for k, v in found.items()}, [e for _, errors in several for e in errors]
 
 
-def _notes(cascade: Cascade, slides: Sequence[Slide]) -> Iterator[str]:
+def _notes(cascade: Cascade, read: Sequence[Slide], slides: Sequence[Slide]) -> Iterator[str]:
+    """What was left out: slides that are annotated for something else only, names, Dice of boxes."""
+    if left := len(read) - len(slides):
+        yield f"{cascade.name}: {left} slides are annotated, and with no objects of it, and were left out."
     if not any(slide.item.split == JUDGED for slide in slides):
         yield f"{cascade.name}: no annotated slide in split {JUDGED!r}, so its objects were not compared on test."
-    others = Counter(name for slide in slides for name in slide.others)
+    others = Counter(name for slide in read for name in slide.others)
     for name, n in sorted(others.items()):
         what = f"named {name!r}" if name else "without a name"
         yield f"{cascade.name}: {n} annotations {what} are no objects of it and were left out."
@@ -425,7 +430,9 @@ def _tally(judge: Judge, slides: Sequence[Slide]) -> _Tally:
     k = len(judge.classes)
     tally = _Tally(np.zeros((k, k), np.int64), [Counts()] * k, np.zeros(k, np.int64), np.zeros(k, np.int64))
     for slide in slides:
-        called = slide.called.get(judge.name, np.zeros((slide.found, k), np.bool_))
+        if slide.found and judge.name not in slide.called:  # the run does not send this slide to the model
+            continue
+        called = slide.called.get(judge.name, np.zeros((0, k), np.bool_))
         truth = [_truth_of(judge, one) for one in slide.truths]
         partner = dict(slide.matches.tolist())
         for i, is_so in enumerate(truth):

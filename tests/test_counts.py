@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cascaded import grid_of_discs, run_cascade, write_cohort, write_kind
+from segmenters import write_colours
 
 from slideflow_ray import storage
 from slideflow_ray.accounting import read_run
@@ -146,6 +147,24 @@ def test_a_slide_that_cannot_be_read_is_missing_and_the_others_count(tmp_path):
     write_tables(out)
     (row,) = rows(out, "patient")
     assert (row["slide_id"], row["objects"], row["slides"], row["slides_missing"]) == ("b1", 2, 1, 1)
+
+
+def test_slides_without_tissue_have_none_and_those_that_failed_are_missing(tmp_path):
+    write_kind(tmp_path, "kind")
+    slides = {"full": SLIDES["b2"], "blank": ([], {"patient_id": "B"}), "broken": ([], {"patient_id": "B"})}
+    cohort = write_cohort(tmp_path, slides)
+    cohort.write_text(cohort.read_text().replace("blank.tif,tem", "blank.tif,he"))
+    (tmp_path / "broken.tif").write_bytes(b"II*\0no")
+    write_colours(tmp_path)
+    models = [{"path": str(tmp_path / "discs")}, {"path": str(tmp_path / "kind"), "on": "objects:discs"}]
+    values = {"cohort": str(cohort), "out": str(tmp_path / "out"), "model": models, "executor": {"workers": 1}}
+    ended = {e.slide_id: (e.status, e.outcome) for e in run(RunSpec.parse(values, "test")).ended}
+    assert ended["blank"] == ("done", "no_tissue")
+    assert ended["broken"][0] != "done"
+    (blank,) = rows(tmp_path / "out", "slide", slide_id="blank")
+    assert (blank["objects"], blank["n_kind_dark"], blank["inadequate"]) == (0, 0, True)
+    (patient,) = rows(tmp_path / "out", "patient")
+    assert (patient["slide_id"], patient["objects"], patient["slides"], patient["slides_missing"]) == ("full", 4, 2, 1)
 
 
 def test_a_run_without_a_segmentation_has_no_tables(out, tmp_path):

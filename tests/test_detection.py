@@ -11,11 +11,13 @@ import pytest
 import shapely
 import sklearn.metrics as sk
 from cascaded import SIZE, circle, grid_of_discs, run_cascade, write_cohort, write_kind
-from segmenters import disc
+from segmenters import disc, write_colours
 
+from slideflow_ray.accounting import read_run as read_record
 from slideflow_ray.annotations import Region, labels_of_objects
-from slideflow_ray.cascade import Cascade, Judge
-from slideflow_ray.detection import match, overlaps, truths
+from slideflow_ray.cascade import Cascade, Judge, cascades
+from slideflow_ray.cases import read_run
+from slideflow_ray.detection import detect, match, overlaps, truths
 from slideflow_ray.errors import AnnotationError
 from slideflow_ray.evaluate import evaluate
 from slideflow_ray.metrics import rate_interval
@@ -174,6 +176,60 @@ def test_evaluating_again_writes_the_same_and_withdraws_what_is_old(out):
         record["items"] = [item | {"annotation": items[item["slide_id"]]} for item in record["items"]]
         (out / "run.json").write_text(json.dumps(record))
         evaluate(out, resamples=200)
+
+
+def test_slides_annotated_for_something_else_and_models_that_did_not_run_do_not_count(tmp_path):
+    write_kind(tmp_path, "kind")
+    discs = grid_of_discs(4, 1)
+    slides = {
+        "glomeruli": (discs, {"split": "test", "stain": "PAS"}),
+        "tumour": (grid_of_discs(6, 1), {"split": "test", "stain": "PAS"}),
+        "other": (grid_of_discs(5, 1), {"split": "test", "stain": "HE"}),
+    }
+    drawn = {
+        "glomeruli": [circle(d) for d in discs], "tumour": [circle(discs[0], "Tumour")],
+        "other": [circle(d) for d in slides["other"][0]],
+    }  # fmt: skip
+    write_colours(tmp_path)
+    models = [
+        {"path": str(tmp_path / "discs"), "objects": {"min_area_um2": 10.0}},
+        {"path": str(tmp_path / "kind"), "on": "objects:discs", "where": {"stain": "PAS"}},
+    ]
+    cohort = write_cohort(tmp_path, slides, drawn)
+    out = run_cascade(tmp_path, cohort, model=models)
+    with pytest.raises(AnnotationError, match="'Tumour' is no class"):
+        evaluate(out, resamples=10)
+    (tmp_path / "tumour.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [
+        {"type": "Feature", "geometry": circle(discs[0])["geometry"], "properties": {"label": "vessel"}}
+    ]}))  # fmt: skip
+    found = evaluate(out, names={"vessel": "other"}, resamples=10)
+    (result,) = found.detections
+    assert (result.slides, result.annotated, result.found) == (3, 9, 15)  # nothing but background was drawn
+    (kind,) = result.called
+    assert np.sum(kind.counts) == 4
+    assert sum(kind.spurious.values()) == 6
+    assert [r["n_kind_dark"] for r in rows(out, "counts", level="slide")] == [1, 1, None]
+
+
+def test_what_is_annotated_for_another_model_alone_is_left_out(out):
+    """No glomerulus was drawn, so none is spurious."""
+    paths = {name: out.parent / f"{name}.geojson" for name in ("test4", "test5")}
+    kept = {name: path.read_text() for name, path in paths.items()}
+    try:
+        for name in paths:
+            paths[name].write_text(json.dumps(circle(grid_of_discs(1)[0], "Tumour")))
+        run = read_run(out)
+        (found,) = cascades(read_record(out))
+        detected = detect(run, read_record(out), (), resamples=10)
+        (result,) = [d for d in detected.results if d.split == "test"]
+        assert result.slides == N - 1
+        assert any("2 slides are annotated, and with no objects of it" in note for note in detected.notes)
+        assert any("named 'Tumour'" in note for note in detected.notes)
+        assert {r["slide_id"] for r in detected.rows["detection"]}.isdisjoint(paths)
+        assert found.name == "discs"
+    finally:
+        for name, text in kept.items():
+            paths[name].write_text(text)
 
 
 def test_a_broken_annotation_is_named(out):
