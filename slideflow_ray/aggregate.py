@@ -71,6 +71,11 @@ class Part:
         """The slide's (or pack's) store, opened where it is used."""
         return SlideStore(self.out, self.pack or self.slide_id)
 
+    @property
+    def on_objects(self) -> bool:
+        """Whether the rows are objects that a segmentation found, as the grid's name says."""
+        return "px-objects-" in self.grid
+
     def margins(self) -> Floats:
         """Return the slide's margins, float32 (N, C). Raises CorruptStore, StoreError."""
         if self.pack:

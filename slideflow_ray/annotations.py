@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -365,6 +365,23 @@ def labels_by_centre(
     return labels
 
 
+def labels_of_objects(
+    regions: Sequence[Region],
+    xy_px0: npt.NDArray[np.int64],
+    wh_px0: npt.NDArray[Any],
+    classes: Sequence[str],
+    *,
+    exclusive: bool = True,
+) -> npt.NDArray[np.int8]:
+    """Return labels of boxes around objects, int8 (N, K), by the regions that hold their centres; -1 in no region.
+
+    Nothing is known of an object that nobody drew. With `exclusive` neither of one in regions of several classes.
+    """
+    inside = _inside(regions, xy_px0 + np.asarray(wh_px0, np.float64) / 2, classes)
+    known = inside.sum(axis=1) == 1 if exclusive else inside.any(axis=1)
+    return np.where(known[:, None], inside, -1).astype(np.int8)
+
+
 def labels_by_fraction(
     regions: Sequence[Region],
     xy_px0: npt.NDArray[np.int64],
@@ -455,14 +472,21 @@ def slide_labels(
 
 
 def label_slide(
-    store: SlideStore, grid: str, item: Item, classes: Sequence[str], spec: LabelSpec, task: str = "classify"
+    store: SlideStore,
+    grid: str,
+    item: Item,
+    classes: Sequence[str],
+    spec: LabelSpec,
+    task: str = "classify",
+    others: Collection[str] = (),
 ) -> str | None:
     """Write a slide's labels by tile, if they are not there yet; return their node, None where nothing is known.
 
     With an annotation, tiles in no region are of the first class (classify) or of none
-    (multilabel). Without one, a slide whose label is the first class of a classify model
-    has nothing else in it, so all its tiles are of that class; of other slides without an
-    annotation nothing is known. Raises AnnotationError.
+    (multilabel); objects in no region are unknown. Without one, a slide whose label is the first class of a
+    classify model has nothing else in it, so all its tiles are of that class; of other slides without an
+    annotation nothing is known. `others` are classes of other models, whose regions are passed over; of an object
+    several classes may be named, joined by "+", and then it has no single one. Raises AnnotationError.
     """
     exclusive = task == "classify"
     clean = exclusive and class_of(item.label or "", classes, spec.names) == classes[0]
@@ -475,11 +499,18 @@ def label_slide(
         "exclusive": exclusive,
         "method": METHOD,
     }
+    on_objects = "boxes" in store.node_attrs(f"grids/{grid}").get("determines", {})
+    determines |= {"others": sorted(others)} if others else {}
+    determines |= {"outside": "unknown"} if on_objects else {}
     node = f"labels/{grid}/{spec.rule}-{digest(determines)}"
     if not store.committed(node):
-        regions = named(_regions(item), classes, spec.names, item.annotation or "")
+        mine = [region for region in _regions(item) if not _of_others(region, classes, spec.names, others)]
+        apart = [one for region in mine for one in _apart(region, classes, spec.names)]
+        regions = named(apart, classes, spec.names, item.annotation or "")
         xy_px0, wh_px0 = (store.read(f"grids/{grid}/{name}") for name in ("xy_px0", "wh_px0"))
-        if spec.rule == "centre":
+        if on_objects:
+            labels = labels_of_objects(regions, xy_px0, wh_px0, classes, exclusive=exclusive)
+        elif spec.rule == "centre":
             labels = labels_by_centre(regions, xy_px0, wh_px0, classes, exclusive=exclusive)
         else:
             labels = labels_by_fraction(regions, xy_px0, wh_px0, classes, fraction=spec.fraction, exclusive=exclusive)
@@ -487,6 +518,17 @@ def label_slide(
         store.write_array(node, labels, attributes)
         store.commit(node)
     return node
+
+
+def _of_others(region: Region, classes: Sequence[str], names: Mapping[str, str], others: Collection[str]) -> bool:
+    """Whether a region is of another model's class and of none of this one's."""
+    return not classes_of(region.name, classes, names) and bool(classes_of(region.name, tuple(others), names))
+
+
+def _apart(region: Region, classes: Sequence[str], names: Mapping[str, str]) -> list[Region]:
+    """A region once under each of its class names; under its own where they are none of the model's."""
+    meant = classes_of(region.name, classes, names)
+    return [Region(name, region.geometry, region.cut) for name in meant] if len(meant) > 1 else [region]
 
 
 def _regions(item: Item) -> tuple[Region, ...]:

@@ -70,7 +70,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Run:
-    """What run.json says; `digest` is that of `accounting.run_digest`."""
+    """What run.json says; `digest` is that of `accounting.run_digest`, `known` the classes of all its models."""
 
     out: Path
     items: tuple[Item, ...]
@@ -80,6 +80,7 @@ class Run:
     profile_digest: str | None
     scheduler: Scheduler
     digest: str = ""
+    known: tuple[str, ...] = ()
 
     @cached_property
     def identities(self) -> dict[str, str]:
@@ -110,12 +111,9 @@ def read_run(
         raise ConfigError(f"The run in {out} has not ended.", next_step="Run the same command again: it resumes.")
     spec = RunSpec.parse(record["spec"], f"{out / 'run.json'}, spec")
     update: dict[str, Any] = {"names": {**spec.labels.names, **(names or {})}}
-    models = tuple(
-        Model(m["node"], m["name"], m["task"], tuple(m["classes"]))
-        for m in record["models"]
-        if m["task"] in ("classify", "multilabel")
-    )
-    _check_names(update["names"], models)
+    every = [Model(m["node"], m["name"], m["task"], tuple(m["classes"])) for m in record["models"]]
+    models = tuple(model for model in every if model.task in ("classify", "multilabel"))
+    _check_names(update["names"], [model for model in every if model.classes])
     return Run(
         out=out,
         items=tuple(Item.parse(row, f"{out / 'run.json'}, items") for row in record["items"]),
@@ -125,6 +123,7 @@ def read_run(
         profile_digest=record["profile_digest"],
         scheduler=scheduler or spec.dask,
         digest=accounting.run_digest(record),
+        known=tuple(dict.fromkeys(name for model in every for name in model.classes)),
     )
 
 
@@ -181,7 +180,8 @@ def label_tiles(run: Run, model: Model, parts: Sequence[Part]) -> list[Part]:
     Raises AnnotationError, one for all files that cannot be used.
     """
     items = {item.slide_id: item for item in run.items}
-    label = partial(_label, items=items, model=model, spec=run.labels)
+    others = tuple(sorted({name.casefold() for name in run.known} - {name.casefold() for name in model.classes}))
+    label = partial(_label, items=items, model=model, spec=run.labels, others=others)
     tiled = [part for part in parts if not part.pack]
     found, errors = aggregate.over_slides(label, tiled, _merge_labels, run.scheduler)
     if errors:
@@ -205,9 +205,9 @@ def _merge_labels(several: Sequence[_Labelled]) -> _Labelled:
     return {k: v for found, _ in several for k, v in found.items()}, [e for _, errors in several for e in errors]
 
 
-def _label(part: Part, items: Mapping[str, Item], model: Model, spec: LabelSpec) -> _Labelled:
+def _label(part: Part, items: Mapping[str, Item], model: Model, spec: LabelSpec, others: tuple[str, ...]) -> _Labelled:
     try:
-        node = label_slide(part.store, part.grid, items[part.slide_id], model.classes, spec, model.task)
+        node = label_slide(part.store, part.grid, items[part.slide_id], model.classes, spec, model.task, others)
     except AnnotationError as error:
         return {}, [error]
     if node is None:

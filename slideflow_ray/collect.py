@@ -20,6 +20,7 @@ from typing import Any, Final, get_args
 from slideflow_ray import storage
 from slideflow_ray.errors import BadMpp, ConfigError, NoMpp, SlideError
 from slideflow_ray.identity import identity
+from slideflow_ray.label_files import Labels, label_of
 from slideflow_ray.slides import is_dicom, is_zarr, open_slide
 from slideflow_ray.specs import Modality, parts_of
 from slideflow_ray.splits import Holding, split_of
@@ -39,7 +40,10 @@ COLUMNS: Final = ("slide_id", "uri", "patient_id", "split", "mpp", "modality")
 
 @dataclass(frozen=True)
 class Found:
-    """A slide: `name` is its path below the folder; `scale` is why the file's own scale cannot be used."""
+    """A slide: `name` is its path below the folder; `scale` is why the file's own scale cannot be used.
+
+    label : its classes by a label file, joined by "+", "" for none of them; None where it does not name the slide.
+    """
 
     slide_id: str
     path: Path
@@ -48,6 +52,7 @@ class Found:
     identity: str
     scale: str = ""
     split: str | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class Collected:
             "present": self.present,
             "missing": list(self.missing),
             "extra": list(self.extra),
+            "labels": dict(Counter(s.label for s in self.slides if s.label is not None)),
             "splits": dict(Counter(s.split for s in self.slides if s.split)),
         }
 
@@ -397,7 +403,7 @@ def describe(found: Collected) -> Iterator[str]:
             f"{found.expected} expected: {found.present} present, {len(found.missing)} missing, "
             f"{unreadable} that cannot be opened; {len(found.extra)} not expected"
         )
-    some = any(s.patient for s in found.slides)
+    some, labelled = any(s.patient for s in found.slides), any(s.label is not None for s in found.slides)
     kinds: dict[str, list[str]] = {
         "missing": list(found.missing),
         "cannot be opened": [f"{name}: {why}" for name, why in found.unreadable.items()],
@@ -406,11 +412,48 @@ def describe(found: Collected) -> Iterator[str]:
         "same bytes": [", ".join(names) for names in found.same_bytes],
         "no patient in its path": [s.name for s in found.slides if some and not s.patient],
         "not expected": list(found.extra),
+        "no label": [s.name for s in found.slides if s.label is None] if labelled else [],
     }
     for kind, lines in kinds.items():
         yield from (f"{kind}: {line}" for line in lines[:SHOWN])
         if len(lines) > SHOWN:
             yield f"{kind}: and {len(lines) - SHOWN} more (--json names them all)"
+
+
+# labels
+
+
+def with_labels(found: Collected, labels: Labels) -> Collected:
+    """Return the slides with the labels of a file, which may name a slide by its path, file name or stem.
+
+    Raises ConfigError with lines for images that are not there, or are named twice, or not clearly.
+    """
+    by_end: dict[str, list[str]] = defaultdict(list)
+    for slide in found.slides:
+        for end in _ends(slide.name):
+            by_end[end].append(slide.name)
+    line_of: dict[str, int] = {}
+    label: dict[str, str] = {}
+    lost = []
+    for image, classes in labels.of.items():
+        hits = next((by_end[end] for end in _ends(image) if end in by_end), [])
+        where = f"{labels.path}, line {labels.lines[image]}"
+        if len(hits) > 1:
+            raise ConfigError(f"{where}: {image!r} may be {' or '.join(hits[:SHOWN])}; write the path.")
+        if hits and hits[0] in line_of:
+            raise ConfigError(f"{where}: {image!r} is the image of line {line_of[hits[0]]} again.")
+        if hits:
+            line_of[hits[0]], label[hits[0]] = labels.lines[image], label_of(classes)
+        else:
+            lost.append(f"line {labels.lines[image]}: {image}")
+    if lost:
+        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+        raise ConfigError(
+            f"{labels.path} names {len(lost)} images that are not there or cannot be opened: "
+            f"{'; '.join(lost[:SHOWN])}{more}.",
+            next_step="Name the folder that holds all of them, or take their rows out.",
+        )
+    return replace(found, slides=tuple(replace(s, label=label.get(s.name)) for s in found.slides))
 
 
 # cohort.csv
@@ -432,11 +475,13 @@ def write_cohort_csv(path: Path, found: Collected, *, modality: str | None = Non
         raise ConfigError("There is no slide to write into a cohort.", next_step="Name another folder.")
     here = path.absolute().parent
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    columns = [*COLUMNS, *(["label"] if any(slide.label is not None for slide in found.slides) else [])]
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for slide in found.slides:
         whole = slide.path.absolute()
         uri = whole.relative_to(here).as_posix() if whole.is_relative_to(here) else str(whole)
         row = {"slide_id": slide.slide_id, "uri": uri, "patient_id": slide.patient, "split": slide.split}
+        row["label"] = slide.label
         writer.writerow({name: safe_cell(value) for name, value in {**row, "modality": modality}.items()})
     storage.write_atomic(path, text.getvalue().encode())

@@ -17,7 +17,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from slideflow_ray import aggregate, answers
+from slideflow_ray import aggregate, answers, cascade, detection
+from slideflow_ray.accounting import read_run as read_record
 from slideflow_ray.aggregate import Calls, Part, Scheduler, Sides, SlideScore, Tiles
 from slideflow_ray.annotations import class_of, classes_of
 from slideflow_ray.cases import (
@@ -34,6 +35,7 @@ from slideflow_ray.cases import (
     tiles_judged,
 )
 from slideflow_ray.cohort import Item, check_splits
+from slideflow_ray.detection import Detected, detect
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.lease import lease
 from slideflow_ray.metrics import MIN_PATIENTS, RATES, Confusion, Counts, Interval, auc_interval, rate_interval
@@ -123,21 +125,28 @@ def evaluate(
     with lease(run.out):
         settings = Settings(rule, slide_score, seed, resamples)
         done = [_evaluate_model(run, model, settings) for model in run.models]
-        evaluation = _together([d.found for d in done], run)
+        points = [point for d in done for point in d.found.points]
+        detected = detect(run, read_record(run.out), points, **settings.draw)
+        evaluation = _together([d.found for d in done], detected, run)
         withdraw(run.out)
+        if detected.results:
+            for name, columns in detection.TABLES.items():
+                write_table(run.out / f"{name}.parquet", columns, detected.rows[name])
         for name, columns in TABLES.items():
             write_table(run.out / f"{name}.parquet", columns, [row for d in done for row in d.rows[name]])
         write_evaluation(run.out, evaluation)
+        cascade.write_tables(run.out, run.scheduler)
     return evaluation
 
 
-def _together(found: Sequence[Evaluation], run: Run) -> Evaluation:
-    notes = tuple(note for one in found for note in one.notes)
+def _together(found: Sequence[Evaluation], detected: Detected, run: Run) -> Evaluation:
+    notes = (*(note for one in found for note in one.notes), *detected.notes)
     return Evaluation(
         points=tuple(point for one in found for point in one.points),
         results=tuple(result for one in found for result in one.results),
         tables=tuple(table for one in found for table in one.tables),
-        notes=notes if found else ("The run had no classifier, so there is nothing to evaluate.",),
+        detections=detected.results,
+        notes=notes if found or detected.results else (*notes, "The run had no classifier to evaluate."),
         labels=label_text(run.labels),
         run=run.digest,
     )
@@ -383,6 +392,8 @@ def _left_out(run: Run, model: Model, parts: Sequence[Part], tiles: Tiles) -> It
         unknown = sum(tiles.slides[part.slide_id].unknown for part in mine)
         if bare:
             yield f"{model.name}: {unknown:,} tiles of {bare} slides in split {split!r} are unlabelled and left out."
+        elif unknown and mine[0].on_objects:
+            yield f"{model.name}: {unknown:,} objects in split {split!r} are annotated with no one class, left out."
         elif unknown:
             yield f"{model.name}: {unknown:,} tiles in split {split!r} are partly in a region, of no class, left out."
     strange = sorted(

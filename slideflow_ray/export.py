@@ -1,4 +1,4 @@
-"""Results as files that other tools open: QuPath's GeoJSON, Parquet, CSV, OME-Zarr, OME-TIFF, crops.
+"""Results as files that other tools open: QuPath's GeoJSON, Parquet, CSV, OME-Zarr, OME-TIFF, crops, counts, labels.
 
 Everything is in px0 (level-0 pixels), as QuPath and WSInfer have it, and comes from the stores alone but for
 crops, which are read from the slide. What is written depends on nothing but the run: equal runs, equal bytes.
@@ -10,9 +10,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,21 +21,20 @@ import numpy.typing as npt
 import shapely
 from PIL import Image
 
-from slideflow_ray import accounting, aggregate, storage
+from slideflow_ray import accounting, aggregate, cascade, storage
+from slideflow_ray.cascade import Cascade, Found, Judge, cascades, told
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.label_files import Keys, label_lines
 from slideflow_ray.planes import Objects, objects_node, read_objects
 from slideflow_ray.results import Evaluation, OperatingPoint, read_current
-from slideflow_ray.slides import open_slide
-from slideflow_ray.specs import OBJECTS, ObjectSpec
+from slideflow_ray.slides import SlideReader, open_slide
+from slideflow_ray.specs import ObjectSpec
 from slideflow_ray.store import SlideStore, folder_name
 from slideflow_ray.tables import Columns, read_table, write_table
 from slideflow_ray.texts import safe_cell, safe_row
 
-To = Literal["geojson", "parquet", "csv", "ome-zarr", "ome-tiff", "crops"]
-
-SPACE = uuid.UUID("8f1f6f0e-6a55-5b1c-9d6a-2f6d0c7a51a4")
-"""The namespace of ids: the same object of the same run has the same id in every export."""
+To = Literal["geojson", "parquet", "csv", "ome-zarr", "ome-tiff", "crops", "counts", "labels"]
 
 COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 """Colours of classes, the background aside (M. Okabe and K. Ito, 2008), over and over."""
@@ -48,6 +47,7 @@ class Scored:
     """One model's results on one grid of one slide. `item` of the cohort, `model` of run.json with its settings.
 
     `point` are its operating points by tile, by class; `labels` the node that holds its tiles' labels, if any.
+    `cascade` are the models on its objects, of a segmentation.
     """
 
     store: SlideStore
@@ -56,6 +56,7 @@ class Scored:
     model: Mapping[str, Any]
     point: Mapping[str, OperatingPoint]
     labels: str = ""
+    cascade: Cascade | None = None
 
     @property
     def node(self) -> str:
@@ -112,10 +113,12 @@ def export(
     slides: Sequence[str] = (),
     models: Sequence[str] = (),
     folder: str | Path | None = None,
+    keys: Keys = "english",
 ) -> Exported:
     """Write what a run has found, by slide and model; files that are there are replaced as a whole.
 
     slides, models : ids of the cohort and names of bundles, all if empty. folder : where to, the run's own if None.
+    keys : of label files, "english" or "chinese".
     A run that has not ended gives what is committed, and a note says so.
 
     Raises ConfigError (no run, an unknown slide or model, nothing to export), CorruptStore, SlideError (crops).
@@ -123,7 +126,6 @@ def export(
     out = storage.place(out)
     record = accounting.read_run(out)
     _check_known(record, slides, models)
-    writer = WRITERS[to]
     found = Exported()
     if not record["finished"]:
         found.notes.append("The run has not ended: this is what was committed so far.")
@@ -131,8 +133,13 @@ def export(
     if current.evaluation is None and current.stale:
         found.notes.append(f"Operating points and labels are left out, as they were {current.stale}.")
     goal = storage.place(folder) if folder else out
-    for scored in _scored(out, record, slides, models, current.evaluation):
-        found.files += writer(scored, goal)
+    if to in WRITERS:
+        for scored in _scored(out, record, slides, models, current.evaluation):
+            found.files += WRITERS[to](scored, goal)
+    if to == "counts":
+        found.files += _counts(out, record, slides, models, goal)
+    if to == "labels":
+        found.files += _label_files(out, record, slides, models, current.evaluation, keys, goal)
     if to in ("parquet", "csv"):
         found.files += _images(out, record, slides, models, to, goal)
     if not found.files:
@@ -147,6 +154,8 @@ NEEDS = {
     "ome-zarr": "Pictures need heatmaps of scored tiles, or a segmentation.",
     "ome-tiff": "Pictures need heatmaps of scored tiles, or a segmentation.",
     "crops": "Crops need the objects of a segmentation.",
+    "counts": "Counts need a segmentation, and a run that has ended.",
+    "labels": "Label files need images in one piece that were scored.",
 }
 
 
@@ -178,6 +187,7 @@ def _scored(
 ) -> Iterator[Scored]:
     """Every committed result of the run's models, in the cohort's order; those of other settings are left out."""
     points = evaluation.points if evaluation else ()
+    of_objects = {one.node: one for one in cascades(record, points)}
     rows = read_table(out / "slides.parquet") if evaluation else []
     labels = {(row["slide_id"], row["model"]): row["labels"] or "" for row in rows}
     for row in record["items"]:
@@ -192,7 +202,8 @@ def _scored(
                 grid = node.split("/")[1]
                 if node.endswith(f"/{model['node']}") and (laid is None or grid in laid):
                     mine = {p.class_name: p for p in points if (p.model, p.level) == (model["node"], "tile")}
-                    yield Scored(store, item, grid, model, mine, labels.get((item.slide_id, model["node"]), ""))
+                    label = labels.get((item.slide_id, model["node"]), "")
+                    yield Scored(store, item, grid, model, mine, label, of_objects.get(model["node"]))
 
 
 def _target(scored: Scored, folder: Path, what: str, ending: str) -> Path:
@@ -330,24 +341,58 @@ def _regions(scored: Scored) -> Iterator[dict[str, Any]]:
 
 
 def _objects(scored: Scored) -> Iterator[dict[str, Any]]:
-    """A segmentation's objects as detections, with what the models say that ran on them."""
-    found = scored.objects()
-    said = _said_of_objects(scored, len(found))
-    for row in range(len(found)):
-        values = {"area um^2": float(found.area_um2[row]), "touches edge": int(found.touches_edge[row])}
+    """A segmentation's objects as detections: each of the class it was called, with all that the models said."""
+    found = _found(scored)
+    objects = scored.objects()
+    said, (classes, colours, probability) = _said(found), _called(scored, found, objects)
+    for row in range(len(objects)):
+        values = {"object": row, "area um^2": float(objects.area_um2[row])}
+        values |= {"touches edge": int(objects.touches_edge[row])}
+        values |= {} if probability is None else {"probability": float(probability[row])}
         values |= {name: float(column[row]) for name, column in said.items()}
-        yield _feature(scored, f"object {row}", found.polygons[row], int(found.class_index[row]), "detection", values)
+        feature = _feature(scored, f"object {row}", objects.polygons[row], 0, "detection", values)
+        feature["properties"]["name"] = objects.classes[objects.class_index[row]]
+        feature["properties"]["classification"] = {"name": classes[row], "color": list(colours[row])}
+        yield feature
 
 
-def _said_of_objects(scored: Scored, n: int) -> dict[str, npt.NDArray[np.float32]]:
-    out, record = scored.store.root.parent.parent, accounting.read_run(scored.store.root.parent.parent)
-    said: dict[str, npt.NDArray[np.float32]] = {}
-    for other in _scored(out, record, [scored.item.slide_id], [], None):
-        if other.model["on"] == f"{OBJECTS}{scored.model['name']}" and other.model["task"] != "features":
-            values = aggregate.probability(other.margins())
-            if len(values) == n:
-                said |= {f"{other.model['name']}: {name}": values[:, c] for c, name in enumerate(other.classes)}
-    return said
+def _found(scored: Scored) -> Found:
+    """What is committed of the models on a segmentation's objects, of a run that goes on too."""
+    of = scored.cascade
+    if of is None:
+        raise ConfigError(f"{scored.model['name']} is no segmentation, so it has no objects.")
+    objects = scored.objects()
+    margins, grids = {}, {}
+    for judge in of.judges:
+        for node in scored.store.nodes("scores"):
+            if node.endswith(f"/{judge.node}") and len(values := scored.store.read(node)) == len(objects):
+                margins[judge.name], grids[judge.name] = values, node.split("/")[1]
+    return Found(scored.item, of, scored.grid, objects, margins, grids)
+
+
+def _judges(found: Found) -> list[tuple[Judge, npt.NDArray[np.float32]]]:
+    return [(judge, found.margins[judge.name]) for judge in found.cascade.judges if judge.name in found.margins]
+
+
+def _said(found: Found) -> dict[str, npt.NDArray[np.float32]]:
+    """The probability of each class of each model on the objects."""
+    probabilities = [(judge, aggregate.probability(margins)) for judge, margins in _judges(found)]
+    return {f"{judge.name}: {name}": p[:, c] for judge, p in probabilities for c, name in enumerate(judge.classes)}
+
+
+def _called(
+    scored: Scored, found: Found, objects: Objects
+) -> tuple[list[str], list[tuple[int, int, int]], npt.NDArray[np.float32] | None]:
+    """What the first model called each object, its colour and probability; the segmentation's class without one."""
+    own = [(scored.classes[c], COLOURS[(c - 1) % len(COLOURS)]) for c in objects.class_index.tolist()]
+    for judge, margins in _judges(found)[:1]:
+        called = judge.called(margins)
+        first = called.argmax(axis=1).tolist()
+        texts = [text or name for text, (name, _) in zip(judge.text(called), own, strict=True)]
+        some = called.any(axis=1).tolist()
+        colours = [COLOURS[c % len(COLOURS)] if so else o for c, so, (_, o) in zip(first, some, own, strict=True)]
+        return texts, colours, told(aggregate.probability(margins), called)
+    return [name for name, _ in own], [colour for _, colour in own], None
 
 
 def _feature(
@@ -369,7 +414,7 @@ def _feature(
 
 def stable_id(scored: Scored, key: str) -> str:
     """Return the id of one thing in one slide's results, the same in every export of them."""
-    return str(uuid.uuid5(SPACE, "/".join([scored.item.slide_id, scored.grid, scored.node, key])))
+    return cascade.stable_id(scored.item.slide_id, scored.grid, scored.node, key)
 
 
 def _um2(scored: Scored, area_px0: float) -> float:
@@ -446,28 +491,133 @@ def _ome_tiff(scored: Scored, folder: Path) -> list[Path]:
 
 
 def _crops(scored: Scored, folder: Path) -> list[Path]:
-    """Each object as a JPEG at level 0, cut by its box; index.csv says which is which."""
+    """Each object as a JPEG, cut by its box at level 0 (a huge one below); index.csv says which is which.
+
+    A file's name is the slide, the object's number as in objects.parquet, and its class. It holds pixels alone.
+    """
     if scored.model["task"] != "segment":
         return []
-    found = scored.objects()
-    said = _said_of_objects(scored, len(found))
+    found, objects = _found(scored), scored.objects()
+    classes, _, probability = _called(scored, found, objects)
+    said = _said(found)
     place = _target(scored, folder, "crops", "")
     place.mkdir(exist_ok=True)
     rows = []
     with open_slide(scored.item.uri, mpp=scored.item.mpp, modality=scored.item.modality) as reader:
-        for row, (x, y, w, h) in enumerate(found.box_px0.tolist()):
-            name = f"{stable_id(scored, f'object {row}')}.jpg"
+        for row, box in enumerate(objects.box_px0.tolist()):
+            name = crop_name(scored.item.slide_id, row, classes[row])
             buffer = io.BytesIO()
-            Image.fromarray(reader.read(0, (x, y), (w, h))).save(buffer, "JPEG", quality=JPEG_QUALITY)
+            Image.fromarray(cut(reader, box)).save(buffer, "JPEG", quality=JPEG_QUALITY)
             storage.write_atomic(place / name, buffer.getvalue())
-            about = [scored.item.slide_id, name, x, y, w, h, found.classes[found.class_index[row]]]
-            rows.append([*about, float(found.area_um2[row]), *(str(column[row]) for column in said.values())])
+            about = [scored.item.slide_id, name, row, stable_id(scored, f"object {row}"), *box, classes[row]]
+            about += ["" if probability is None else str(probability[row]), float(objects.area_um2[row])]
+            rows.append([*about, *(str(column[row]) for column in said.values())])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["slide_id", "file", "minx", "miny", "width", "height", "class", "area_um2", *safe_row(said)])
+    writer.writerow([*CROP_COLUMNS, *safe_row(said)])
     writer.writerows(safe_row(row) for row in rows)
     storage.write_atomic(place / "index.csv", text.getvalue().encode())
     return [place / "index.csv", *(place / row[1] for row in rows)]
+
+
+CROP_COLUMNS = ("slide_id", "file", "object", "id", *CORNERS, "class", "probability", "area_um2")
+
+MAX_CROP_PIXELS = 2**26
+"""A larger object is cut from the finest level where it is smaller."""
+
+
+def crop_name(slide_id: str, row: int, name: str) -> str:
+    """Return the file name of one object: any slide and class, in characters that every file system takes.
+
+    >>> crop_name("case 7/PAS", 3, "FSG+CGN")
+    'case_7_PAS-ab2c00defbf7-0003-FSG_CGN.jpg'
+    """
+    kind = "".join(c if c.isalnum() else "_" for c in name)[:40] or "object"
+    return f"{folder_name(slide_id)}-{row:04d}-{kind}.jpg"
+
+
+def cut(reader: SlideReader, box_px0: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """Return the pixels of a box (x, y, w, h) in px0, uint8 (h, w, 3), of level 0 unless it is huge.
+
+    Raises ReadError.
+    """
+    x, y, w, h = box_px0
+    for index, level in enumerate(reader.levels):
+        dx, dy = level.downsample
+        size = max(1, round(w / dx)), max(1, round(h / dy))
+        if size[0] * size[1] <= MAX_CROP_PIXELS or index == len(reader.levels) - 1:
+            break
+    return reader.read(index, (round(x / dx), round(y / dy)), size)
+
+
+# counts
+
+
+def _counts(
+    out: Path, record: Mapping[str, Any], slides: Sequence[str], models: Sequence[str], folder: Path
+) -> list[Path]:
+    """The tables of objects and counts as CSV, as they stand in Parquet beside the stores."""
+    tables = cascade.read_tables(out, record) if record["finished"] else None
+    if tables is None:
+        return []
+    written = []
+    for name, columns, rows in zip(("objects", "counts"), tables.columns, (tables.objects, tables.counts), strict=True):
+        kept = [row for row in rows if (not slides or row["slide_id"] in slides)]
+        kept = [row for row in kept if not models or row["segmentation"] in models]
+        values = {column: [_as(kind, row.get(column)) for row in kept] for column, kind in columns.items()}
+        path = folder / "counts" / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_csv(path, list(columns), values)
+        written.append(path)
+    return written
+
+
+def _as(kind: str, value: Any) -> Any:
+    """A float32 in the digits that give the same bits again."""
+    return str(np.float32(value)) if kind == "float32" and value is not None else value
+
+
+# labels
+
+
+def _label_files(
+    out: Path,
+    record: Mapping[str, Any],
+    slides: Sequence[str],
+    models: Sequence[str],
+    evaluation: Evaluation | None,
+    keys: Keys,
+    folder: Path,
+) -> list[Path]:
+    """What images in one piece were called, as the label files of source 001; an image's name is its path."""
+    uris = {item["slide_id"]: item["uri"] for item in record["items"]}
+    written = []
+    for model in _models(record, models):
+        rows = list(_image_rows(out, record, slides, model))
+        if not rows:
+            continue
+        names = image_names([uris[row["slide_id"]] for row in rows])
+        at = {p.class_name: p.threshold for p in (evaluation.points if evaluation else ()) if p.model == model["node"]}
+        judge = Judge(model["name"], model["node"], model["task"], tuple(model["classes"]), at)
+        margins = np.array([[row[f"margin_{name}"] for name in judge.classes] for row in rows], np.float32)
+        called = [[c for c, so in zip(judge.classes, row, strict=True) if so] for row in judge.called(margins)]
+        path = folder / "labels" / str(model["folder"]) / "labels.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = label_lines(list(zip(names, called, strict=True)), judge.classes, keys)
+        storage.write_atomic(path, lines.encode())
+        written.append(path)
+    return written
+
+
+def image_names(uris: Sequence[str]) -> list[str]:
+    """Return each image's path below the folder that holds all of them.
+
+    >>> image_names(["/data/he/a.png", "/data/pas/a.png"]), image_names(["s3://b/x.png"])
+    (['he/a.png', 'pas/a.png'], ['x.png'])
+    """
+    folders = [uri.rpartition("/")[0].split("/") for uri in uris]
+    common = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)))
+    return ["/".join(uri.split("/")[common:]) for uri in uris]
 
 
 WRITERS: dict[str, Callable[[Scored, Path], list[Path]]] = {

@@ -27,6 +27,7 @@ from slideflow_ray.calibrate import read_calibrations
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError, as_slideflow_error
 from slideflow_ray.figures import Rows, distribution, pr_figure, reliability, roc_figure
+from slideflow_ray.gallery import objects_page
 from slideflow_ray.metrics import Confusion, Interval
 from slideflow_ray.packs import UNSCALED
 from slideflow_ray.planes import objects_node, read_areas, read_objects
@@ -81,7 +82,8 @@ def template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"rate": rate, "interval": interval, "count": count, "percent": percent}
+    environment.filters |= {"rate": rate, "interval": interval, "count": count, "percent": percent, "whole": whole}
+    environment.filters["jpeg"] = lambda pixels: data_uri(pixels, "jpeg")
     return environment.get_template(name)
 
 
@@ -101,6 +103,11 @@ def interval(value: Interval | None) -> str:
 def count(value: int | None) -> str:
     """Return a count with thin spaces, or a dash."""
     return NOTHING if value is None else f"{value:,}".replace(",", "\u202f")
+
+
+def whole(value: float | None) -> str:
+    """Return a share in whole percent, or a dash."""
+    return NOTHING if value is None or math.isnan(value) else f"{100 * value:.0f}\u202f%"
 
 
 def percent(value: float | None) -> str:
@@ -140,6 +147,7 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "probability": _probability,
         "stale": current.stale,
         "lesions": current.lesions,
+        "objects": objects_page(out, record, found or Evaluation()),
         "quality": read_quality(out, record["outcomes"], ROWS),
         "blurred": BLURRED,
         "cards": [card(out, item, record, found or Evaluation()) for item in done[:cards]],
@@ -214,6 +222,8 @@ def _model(model: Mapping[str, Any], found: Evaluation, tables: Mapping[str, Row
     return {
         "name": model["name"],
         "task": model["task"],
+        "detection": next((d for d in found.detections if (d.model, d.split) == (model["node"], JUDGED)), None),
+        "unit": "object" if model["on"].startswith(OBJECTS) and headline and headline.level == "tile" else "",
         "headline": headline,
         "point": points.get((headline.level, headline.class_name)) if headline else None,
         "overall": _overall(model["node"], results, found.tables),

@@ -194,10 +194,83 @@ class Table(Spec):
         return Confusion(self.classes, np.array(self.counts, np.int64))
 
 
+class Called(Spec):
+    """What a model called the objects that were found and annotated; true classes as rows of `counts`.
+
+    counts, accuracy, kappa : by the largest probability, None for models of several labels. by_class : each class
+    against the rest, counts and rates. missed : annotated objects that were not found, by true class; spurious :
+    found ones that nobody annotated, by what they were called. unknown : matched, of no annotated class of the
+    model; several : matched, of more classes than one, which a model of one class cannot tell.
+    """
+
+    model: str
+    name: str
+    task: str
+    rule: str
+    classes: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...] | None
+    accuracy: float | None
+    accuracy_interval: Interval | None
+    balanced_accuracy: float | None
+    kappa: float | None
+    by_class: Mapping[str, Mapping[str, float | None]]
+    missed: Mapping[str, int]
+    spurious: Mapping[str, int]
+    unknown: int
+    several: int
+
+
+class Detection(Spec):
+    """How the objects of one segmentation compare with the annotated ones of a split; None where not defined.
+
+    matched : one to one, at an IoU of 0.5 or more. dice : of pixels, where outlines are annotated. Intervals are
+    95 %, by resampling patients; `lone` of the patients are slides without patient_id.
+    """
+
+    model: str
+    name: str
+    split: str
+    slides: int
+    patients: int
+    lone: int
+    annotated: int
+    found: int
+    matched: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    precision_interval: Interval | None
+    recall_interval: Interval | None
+    f1_interval: Interval | None
+    dice: float | None
+    dice_interval: Interval | None
+    called: tuple[Called, ...] = ()
+
+    @property
+    def patients_text(self) -> str:
+        """How many patients, for reading."""
+        return patients_text(self.patients, self.lone)
+
+    @property
+    def sentences(self) -> list[str]:
+        """The result, a line for the objects and one for each model on them."""
+        f1, dice = with_interval(self.f1, self.f1_interval), with_interval(self.dice, self.dice_interval)
+        rates = f"precision {with_interval(self.precision, self.precision_interval)}"
+        rates += f", recall {with_interval(self.recall, self.recall_interval)}"
+        n = f"{self.matched:,} of {self.annotated:,} annotated and {self.found:,} found objects of {self.patients_text}"
+        lines = [f"{self.name}, {self.split}, by object: F1 {f1}, {rates}, Dice {dice} ({n})"]
+        for one in self.called:
+            if one.counts is not None:
+                right = with_interval(one.accuracy, one.accuracy_interval)
+                lines.append(f"{one.name}, {self.split}, of matched objects: accuracy {right}")
+        return lines
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What an evaluation came to. `notes` say, in sentences, what was left out or could not be computed.
 
+    detections : of the objects of segmentations, where some are annotated.
     labels : the rule by which annotations became labels of tiles. run : the digest of the run it is of.
     """
 
@@ -207,6 +280,7 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     labels: str = ""
     run: str = ""
+    detections: tuple[Detection, ...] = ()
 
     def headline(self, model: str) -> Result | None:
         """Return the result that answers first: test, of the highest level that has an AUC, tiles before nothing."""
@@ -219,6 +293,7 @@ class Evaluation:
             "points": [p.model_dump(mode="json") for p in self.points],
             "results": [r.model_dump(mode="json") for r in self.results],
             "argmax": [t.model_dump(mode="json") for t in self.tables],
+            "detection": [d.model_dump(mode="json") for d in self.detections],
             "notes": list(self.notes),
             "labels": self.labels,
             "run": self.run,
@@ -228,13 +303,20 @@ class Evaluation:
 
     def summary(self) -> str:
         """Return it in lines for a terminal: each result on test, then the notes."""
-        judged = [r for r in self.results if r.split == JUDGED]
-        return "\n".join([*(r.sentence for r in judged), *self.notes]) or "Nothing was evaluated."
+        judged = [r.sentence for r in self.results if r.split == JUDGED]
+        judged += [line for d in self.detections if d.split == JUDGED for line in d.sentences]
+        return "\n".join([*judged, *self.notes]) or "Nothing was evaluated."
 
 
 def write_evaluation(out: Path, evaluation: Evaluation) -> None:
-    """Write operating_points.json and confusion.json, each atomically; equal evaluations make equal bytes."""
+    """Write operating_points.json, detection.json (where there is any) and confusion.json, each atomically.
+
+    Equal evaluations make equal bytes.
+    """
     found = evaluation.to_json()
+    detection = {"schema": SCHEMA, "run": evaluation.run, "detection": found.pop("detection")}
+    if evaluation.detections:
+        storage.write_atomic(out / DETECTION[0], storage.to_json(detection))
     points = {"schema": SCHEMA, "run": evaluation.run, "points": found.pop("points")}
     storage.write_atomic(out / "operating_points.json", storage.to_json(points))
     storage.write_atomic(out / "confusion.json", storage.to_json({"schema": SCHEMA, **found}))
@@ -244,9 +326,11 @@ def read_evaluation(out: Path) -> Evaluation | None:
     """Return what `evaluate` wrote, or None where it has not run yet. Raises ConfigError for a foreign file."""
     points = storage.read_json(out / "operating_points.json")
     confusion = storage.read_json(out / "confusion.json")
+    detection = storage.read_json(out / DETECTION[0]) or {"detection": []}
     if points is None or confusion is None:
         return None
     return Evaluation(
+        detections=tuple(Detection.parse(d, DETECTION[0]) for d in detection["detection"]),
         points=tuple(OperatingPoint.parse(p, "operating_points.json") for p in points["points"]),
         results=tuple(Result.parse(r, "confusion.json") for r in confusion["results"]),
         tables=tuple(Table.parse(t, "confusion.json") for t in confusion["argmax"]),
@@ -259,12 +343,15 @@ def read_evaluation(out: Path) -> Evaluation | None:
 LESIONS = ("froc.json", "froc.parquet", "detections.parquet", "lesions.parquet", "lesion_slides.parquet")
 """What the evaluation by lesion writes."""
 
+DETECTION = ("detection.json", "detection.parquet", "matches.parquet")
+"""What the evaluation of annotated objects writes."""
+
 STALE = "evaluated before the run changed: run `slideflow-ray evaluate {out}` again"
 
 
 def withdraw(out: Path) -> None:
     """Delete an earlier evaluation's files but its tables, so that none of them stands beside those of another."""
-    for name in ("operating_points.json", "confusion.json", *LESIONS):
+    for name in ("operating_points.json", "confusion.json", *LESIONS, *DETECTION):
         (out / name).unlink(missing_ok=True)
 
 
@@ -286,10 +373,11 @@ def read_current(out: Path, record: Mapping[str, Any]) -> Current:
     One that does not say what it is of, as earlier versions wrote it, is taken for an old one.
     """
     now = run_digest(record)
-    files = {name: storage.read_json(out / name) for name in ("confusion.json", "operating_points.json", "froc.json")}
+    names = ("confusion.json", "operating_points.json", "froc.json", DETECTION[0])
+    files = {name: storage.read_json(out / name) for name in names}
     old = {name for name, found in files.items() if found is not None and found.get("run") != now}
     return Current(
-        evaluation=None if old & {"confusion.json", "operating_points.json"} else read_evaluation(out),
+        evaluation=None if old - {"froc.json"} else read_evaluation(out),
         lesions=None if "froc.json" in old else files["froc.json"],
         stale=STALE.format(out=out) if old else "",
     )

@@ -194,6 +194,7 @@ def _run(spec: RunSpec, items: Sequence[Item] | None, listen: Listener, retry: b
         result = _write_heatmaps(spec, items, context, result, want)
         check()
         write_run(out, spec, items, context, result)
+        _write_counts(spec, out)
     listen(RunFinished(**result.counts, seconds=result.seconds))
     return result
 
@@ -299,6 +300,14 @@ def _write_heatmaps(spec: RunSpec, items: Sequence[Item], context: Context, resu
         if e.slide_id in errors:
             note_failure(storage.place(spec.out), item, e, want)
     return replace(result, ended=ended)
+
+
+def _write_counts(spec: RunSpec, out: Path) -> None:
+    """Write the tables of objects and counts, of a run with models; from the stores, so again after a kill."""
+    if spec.model:
+        from slideflow_ray.cascade import write_tables
+
+        write_tables(out, spec.dask)
 
 
 # the cost of a run

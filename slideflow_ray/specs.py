@@ -276,6 +276,16 @@ class SplitSpec(Spec):
         return self
 
 
+class CountSpec(Spec):
+    """How objects are counted: fewer than `adequate` on the slide that counts are flagged `inadequate`.
+
+    global_sclerosis : names of the class, compared without case; it is reported only where a model has one of them.
+    """
+
+    adequate: Annotated[int, Field(ge=0)] = 10
+    global_sclerosis: tuple[str, ...] = ("GS", "global sclerosis", "globally sclerotic", "球性硬化")
+
+
 class RunSpec(Spec):
     """Everything a run is told (run.toml).
 
@@ -295,6 +305,7 @@ class RunSpec(Spec):
     compute: ComputeSpec = ComputeSpec()
     executor: ExecutorSpec = ExecutorSpec()
     labels: LabelSpec = LabelSpec()
+    counts: CountSpec = CountSpec()
     dask: Literal["threads", "ray"] = "threads"
 
     @model_validator(mode="after")

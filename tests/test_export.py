@@ -17,22 +17,26 @@ import sklearn.metrics as sk
 import tifffile
 import torch
 import zarr
+from cascaded import write_kind
 from PIL import Image
 from scored import Scored, cells_of, two_class, write_scored_run
-from segmenters import CLASSES, write_colours, write_discs
+from segmenters import CLASSES, COLOURS, write_colours, write_discs
 
 from slideflow_ray.accounting import read_run
 from slideflow_ray.annotations import read_geojson
 from slideflow_ray.cohort import single_slide
+from slideflow_ray.collect import collect, with_labels
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.evaluate import evaluate
-from slideflow_ray.export import export
+from slideflow_ray.export import crop_name, cut, export, image_names
+from slideflow_ray.label_files import read_labels
 from slideflow_ray.models.bundle import BundleCard, read_card, write_bundle
 from slideflow_ray.models.networks import build
 from slideflow_ray.phantoms import write_pyramid
 from slideflow_ray.planes import objects_node, read_objects
 from slideflow_ray.results import read_evaluation
 from slideflow_ray.run import run
+from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import ObjectSpec, RunSpec
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tables import read_table
@@ -334,10 +338,42 @@ def test_objects_become_detections_with_what_was_said_of_them(discs, tmp_path):
         assert shape.equals(objects.polygons[i])
         properties = feature["properties"]
         assert properties["objectType"] == "detection"
-        assert properties["classification"]["name"] == CLASSES[objects.class_index[i]]
+        assert properties["name"] == CLASSES[objects.class_index[i]]
         measured = properties["measurements"]
         assert measured["area um^2"] == pytest.approx(shape.area * 0.25)
         assert measured["kind: one"] + measured["kind: two"] == pytest.approx(1)
+        called = max(("one", "two"), key=lambda name: measured[f"kind: {name}"])
+        assert properties["classification"]["name"] == called
+        assert measured["probability"] == measured[f"kind: {called}"]
+        assert measured["object"] == i
+    colours = {tuple(f["properties"]["classification"]["color"]) for f in features}
+    assert len(colours) == len({f["properties"]["classification"]["name"] for f in features})
+
+
+def test_ids_are_those_of_the_table(discs, tmp_path):
+    table = {row["id"]: row for row in read_table(discs / "objects.parquet")}
+    features = json.loads(export(discs, "geojson", models=["discs"], folder=tmp_path).files[0].read_text())["features"]
+    assert {f["id"]: f["properties"]["measurements"]["object"] for f in features} == {
+        key: row["object"] for key, row in table.items()
+    }
+    with export(discs, "crops", folder=tmp_path).files[0].open(newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == list(table)
+
+
+def test_geojson_of_a_segmentation_alone_is_of_its_own_classes(discs, tmp_path):
+    record = read_run(discs)
+    kept = [m["task"] == "segment" for m in record["models"]]
+    record["models"] = [m for m, keep in zip(record["models"], kept, strict=True) if keep]
+    record["spec"]["model"] = [m for m, keep in zip(record["spec"]["model"], kept, strict=True) if keep]
+    original = (discs / "run.json").read_text()
+    try:
+        (discs / "run.json").write_text(json.dumps(record))
+        (path,) = export(discs, "geojson", folder=tmp_path).files
+    finally:
+        (discs / "run.json").write_text(original)
+    found = [f["properties"] for f in json.loads(path.read_text())["features"]]
+    assert [p["classification"]["name"] for p in found] == [p["name"] for p in found]
+    assert not any("probability" in p["measurements"] for p in found)
 
 
 def test_crops_are_the_objects_boxes(discs, tmp_path):
@@ -345,12 +381,75 @@ def test_crops_are_the_objects_boxes(discs, tmp_path):
     with index.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == [path.name for path in crops]
+    assert [row["file"] for row in rows] == [f"s-{i:04d}-{row['class']}.jpg" for i, row in enumerate(rows)]
+    kinds = found_objects(discs).class_index
     for row, (x, y, w, h), path in zip(rows, found_objects(discs).box_px0.tolist(), crops, strict=True):
         assert [int(row[name]) for name in ("minx", "miny", "width", "height")] == [x, y, w, h]
         with Image.open(path) as image:
             assert image.size == (w, h)
+            assert not image.getexif()
             middle = np.asarray(image)[h // 2, w // 2].astype(int)
-        assert (middle[0] < 100) == (row["class"] == "cyan")
+        assert (middle[0] < 100) == (CLASSES[kinds[int(row["object"])]] == "cyan")
+        assert float(row["probability"]) == max(float(row["kind: one"]), float(row["kind: two"]))
+
+
+def test_an_object_too_large_for_memory_is_cut_from_a_lower_level(discs, monkeypatch):
+    with open_slide(str(discs.parent / "s.tif"), modality="tem") as reader:
+        whole = cut(reader, (80, 60, 101, 90))
+        monkeypatch.setattr("slideflow_ray.export.MAX_CROP_PIXELS", 3000)
+        small = cut(reader, (80, 60, 101, 90))
+    assert whole.shape == (90, 101, 3)
+    assert small.shape == (45, 50, 3)
+    assert np.abs(whole[10::20, 10::20].astype(int).mean() - small.mean()) < 12
+
+
+def test_counts_are_the_tables_as_csv(discs, tmp_path):
+    objects, counts = export(discs, "counts", folder=tmp_path).files
+    for path in (objects, counts):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        table = read_table(discs / f"{path.stem}.parquet")
+        assert list(rows[0]) == list(table[0])
+        for row, same in zip(rows, table, strict=True):
+            for name, value in same.items():
+                if isinstance(value, float):
+                    assert float(row[name]) == pytest.approx(value, rel=1e-6)
+                else:
+                    assert row[name] == ("" if value is None else str(value))
+    assert export(discs, "counts", slides=["s"], models=["discs"], folder=tmp_path).files == [objects, counts]
+    assert len(counts.read_text().splitlines()) == 4
+
+
+def test_a_run_of_whole_images_gives_a_label_file_that_is_read_again(tmp_path):
+    folder = tmp_path / "images"
+    for name, colour in (("a/x_1.png", COLOURS["cyan"]), ("b/x_1.png", COLOURS["magenta"]), ("b/y.png", (240,) * 3)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 50, 3), colour, np.uint8)).save(folder / name)
+    write_kind(tmp_path, "one", ("Normal", "FSG"))
+    write_kind(tmp_path, "several", ("CGN", "GS"), "multilabel")
+    rows = [f"{n.replace('/', '-')},{folder / n},he" for n in ("a/x_1.png", "b/x_1.png", "b/y.png")]
+    (tmp_path / "cohort.csv").write_text("\n".join(["slide_id,uri,modality", *rows]))
+    models = [{"path": str(tmp_path / name)} for name in ("one", "several")]
+    values = {"cohort": str(tmp_path / "cohort.csv"), "out": str(tmp_path / "out"), "model": models}
+    run(RunSpec.parse(values | {"executor": {"workers": 1}}, "test"))
+    one, several = export(tmp_path / "out", "labels", keys="chinese").files
+    assert "正常肾小球" in one.read_text()
+    found = read_labels(one)
+    assert found.of == {"a/x_1.png": ("Normal",), "b/x_1.png": ("FSG",), "b/y.png": ("Normal",)}
+    found = read_labels(several, {"GS": "GS"})
+    assert found.of == {"a/x_1.png": ("CGN",), "b/x_1.png": ("CGN", "GS"), "b/y.png": ("CGN",)}
+    (english,) = export(tmp_path / "out", "labels", models=["one"], slides=["b-y.png"]).files
+    assert json.loads(english.read_text()) == [{"image_name": "y.png", "Normal": 1, "FSG": 0}]
+    export(tmp_path / "out", "labels", keys="chinese")
+    again = with_labels(collect(folder, modality="he"), read_labels(one))
+    assert {s.name: s.label for s in again.slides} == {"a/x_1.png": "Normal", "b/x_1.png": "FSG", "b/y.png": "Normal"}
+
+
+def test_names_of_crops_are_harmless():
+    assert crop_name("a", 12, "../x=1") == "a-0012-___x_1.jpg"
+    assert "/" not in crop_name("a/b", 0, "")
+    assert image_names(["/d/e/a.png", "/d/f/a.png"]) == ["e/a.png", "f/a.png"]
+    assert image_names(["/d/a.png", "/d/b.png"]) == ["a.png", "b.png"]
 
 
 def test_planes_open_as_pictures_of_their_own(discs, tmp_path):

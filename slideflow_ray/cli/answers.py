@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slideflow_ray.cli.common import DaskName, Json, OutArgument
-from slideflow_ray.errors import ConfigError
+from slideflow_ray.cli.common import DaskName, Json, OutArgument, pairs
 
 if TYPE_CHECKING:
     from slideflow_ray.aggregate import Scheduler
@@ -56,10 +55,7 @@ def evaluate(
     """Fix operating points on validation, apply them to test, write confusion, ROC, PR, calibration."""
     from slideflow_ray.evaluate import evaluate as evaluate_
 
-    pairs = [text.partition("=") for text in name or []]
-    if bad := [key for key, equals, value in pairs if not (key and equals and value)]:
-        raise ConfigError(f"--name {bad[0]} is not ANNOTATION=CLASS.", next_step="slideflow-ray evaluate --help")
-    names = {key: value for key, _, value in pairs}
+    names = pairs(name, "ANNOTATION=CLASS")
     scheduler: Scheduler | None = ("ray" if dask is DaskName.ray else "threads") if dask else None
     found = evaluate_(out, rule=rule, names=names, scheduler=scheduler, slide_score=slide_score.value, labels=labels)
     lesions = _camelyon16(out, names, scheduler) if camelyon16 else None
@@ -92,21 +88,31 @@ class ExportName(StrEnum):
     ome_zarr = "ome-zarr"
     ome_tiff = "ome-tiff"
     crops = "crops"
+    counts = "counts"
+    labels = "labels"
+
+
+class KeysName(StrEnum):
+    """Language of the classes in a label file."""
+
+    english = "english"
+    chinese = "chinese"
 
 
 @commands.command()
 def export(
     out: OutArgument,
-    to: Annotated[ExportName, typer.Option(help="QuPath's GeoJSON, tables, pictures, or a JPEG for each object.")],
+    to: Annotated[ExportName, typer.Option(help="QuPath's GeoJSON, tables, pictures, a JPEG for each object, labels.")],
     slide: Annotated[list[str] | None, typer.Option(help="Only this slide_id; may be repeated.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Only this model's name; may be repeated.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where to; default: the run's own folder.")] = None,
+    keys: Annotated[KeysName, typer.Option(help="Names of the classes in label files.")] = KeysName.english,
     as_json: Json = False,
 ) -> None:
     """Write results as files that QuPath, R, pandas and viewers open."""
     from slideflow_ray.export import export as export_
 
-    found = export_(out, to.value, slides=slide or (), models=model or (), folder=folder)
+    found = export_(out, to.value, slides=slide or (), models=model or (), folder=folder, keys=keys.value)
     for note in found.notes:
         typer.echo(note, err=True)
     typer.echo(json.dumps(found.to_json()) if as_json else "\n".join(map(str, found.files)))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from slideflow_ray.cli.common import Json
+from slideflow_ray.cli.common import Json, pairs
 from slideflow_ray.exits import EXIT_FAILURES
 
 commands = typer.Typer()
@@ -26,14 +26,23 @@ def cohort(
     split: Annotated[str | None, typer.Option(help="Parts for train:val:test by patient, as 6:2:2.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the split.")] = 0,
     modality: Annotated[str | None, typer.Option(help="he, pas, silver, ihc, tem or mri, of all slides.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON or CSV with image_name and 0 or 1 for each class, as labelling writes it.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="KEY=CLASS, for other keys of --labels; may be repeated.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a cohort.csv of the slides below a folder; say what is double, unreadable or missing."""
-    from slideflow_ray.collect import check_out, collect, describe, write_cohort_csv
+    from slideflow_ray.collect import check_out, collect, describe, with_labels, write_cohort_csv
+    from slideflow_ray.label_files import read_labels
 
     check_out(out, force=force)
+    labelled = read_labels(labels, pairs(name, "KEY=CLASS")) if labels else None
     found = collect(folder, pattern=patient_pattern, expect=expect, split=split, seed=seed, modality=modality)
+    found = with_labels(found, labelled) if labelled else found
     for line in describe(found):
         typer.echo(line, err=True)
     write_cohort_csv(out, found, modality=modality, force=force)

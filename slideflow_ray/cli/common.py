@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from slideflow_ray.errors import ConfigError
 from slideflow_ray.storage import place
 
 
@@ -54,3 +55,11 @@ OutArgument = Annotated[Path, typer.Argument(parser=place, metavar="OUT", help="
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def pairs(given: list[str] | None, form: str) -> dict[str, str]:
+    """Return the pairs of a repeated option, `form` being how one looks. Raises ConfigError."""
+    parts = [text.partition("=") for text in given or []]
+    if bad := [key for key, equals, value in parts if not (key and equals and value)]:
+        raise ConfigError(f"--name {bad[0]} is not {form}.", next_step="Ask the command for --help.")
+    return {key: value for key, _, value in parts}
