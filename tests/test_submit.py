@@ -137,9 +137,9 @@ def test_what_listens_is_no_http():
 
         thread = threading.Thread(target=answer)
         thread.start()
-        said = refusal(InfrastructureError, Cluster(f"http://127.0.0.1:{s.getsockname()[1]}", TOKEN))
+        said = refusal(ConfigError, Cluster(f"http://127.0.0.1:{s.getsockname()[1]}", TOKEN))
         thread.join()
-    assert "does not answer: SSH-2.0" in said
+    assert "does not speak HTTP. Next: Give http://HEAD:8265" in said
 
 
 def test_what_answers_is_no_ray():

@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -245,7 +246,8 @@ def copy(source: Path, target: str) -> None:
 
 
 def perform(arguments: Sequence[str]) -> int:
-    """Be the script."""
+    """Be the script. Stopping the job interrupts it; Ray's own answer to SIGTERM is a dump of the stack."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.argv = list(arguments)
     sys.path[0] = str(Path(arguments[0]).resolve().parent)
     try:
