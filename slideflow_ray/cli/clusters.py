@@ -94,7 +94,11 @@ def _beginning(done: Submitted, parcel: Parcel) -> str:
         return f"{done.job} has finished already: {parcel.out}. Next: --again runs it again, and scores what is new."
     if done.state == "running":
         return f"{done.job} runs already."
-    more = f", attempt {done.attempt}: it resumes" if done.attempt > 1 else ""
+    from slideflow_ray.submit.parcel import KINDS
+
+    more = f", attempt {done.attempt}" if done.attempt > 1 else ""
+    if more and not KINDS[parcel.kind].repeats:
+        more += ": it resumes"
     return f"{done.job} submitted{more}; {parcel.size / 2**20:.1f} MB sent"
 
 

@@ -106,7 +106,7 @@ def look(told: dict[str, Any]) -> tuple[list[str], str]:
     """Return what is wrong, one line each, and a line on what was tried."""
     from slideflow_ray import storage
 
-    out = storage.place(told["out"])
+    out = storage.place(told["mark"])
     mark = out / f".preflight-{os.getpid()}"
     if cause := attempt(lambda: _write(mark)):
         return [f"{out} cannot be written from the cluster: {cause}. {NEXT_OUT}"], ""
