@@ -467,7 +467,7 @@ def test_a_node_that_does_not_share_the_output_folder_is_named(told, monkeypatch
 
     monkeypatch.setattr(probe, "everywhere", everywhere)
     (line,) = probe.look(told)[0]
-    assert line.startswith(f"node does not see what another node writes to {told['out']}")
+    assert line.startswith(f"node does not see what another node writes to {told['mark']}")
 
 
 def test_one_node_of_each_other_machine_is_tried():
