@@ -69,7 +69,7 @@ def versions(told: dict[str, Any]) -> list[str]:
     """Return what differs between who submitted and the cluster."""
     wrong = []
     try:
-        import slideflow_ray
+        import slideflow_ray  # noqa: F401 - whether it is there
     except ImportError as error:
         step = "Next: install slideflow-ray on every node, or give --python the interpreter that has it."
         return [f"{sys.executable} on the cluster cannot import slideflow_ray: {error}. {step}"]
@@ -80,7 +80,7 @@ def versions(told: dict[str, Any]) -> list[str]:
     for key, name in named.items():
         if _minor(told[key], key) != _minor(found[key], key) and not told.get("any_version"):
             wrong.append(
-                f"The cluster has {name} {found[key]}, who submitted has {told[key]} ({slideflow_ray.__name__}). "
+                f"The cluster has {name} {found[key]}, who submitted has {told[key]}. "
                 "Next: install the same on both sides, or pass --any-version."
             )
     return wrong
