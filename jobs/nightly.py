@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from slideflow_ray.exits import EXIT_DRIFT, EXIT_FAILURES, ending
+from slideflow_ray.exits import EXIT_DRIFT, ending
 from slideflow_ray.nightly.night import run_night
 from slideflow_ray.nightly.spec import load_nightly
+from slideflow_ray.observe import say_failures
 from slideflow_ray.progress import to_stderr
-from slideflow_ray.specs import on_ray
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,10 +32,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def night(given: argparse.Namespace) -> int:
-    spec = load_nightly(Path(given.settings))
-    found = run_night(spec.model_copy(update={"run": on_ray(spec.run)}), given.date, to_stderr())
+    found = run_night(load_nightly(Path(given.settings), default="ray"), given.date, to_stderr())
     print(found.summary())
-    return EXIT_DRIFT if found.drifted else EXIT_FAILURES if found.failed else 0
+    code = say_failures(found.failures)
+    return EXIT_DRIFT if found.drifted else code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,11 +16,12 @@ import sys
 from collections.abc import Sequence
 
 from slideflow_ray.evaluate import evaluate
-from slideflow_ray.exits import EXIT_FAILURES, ending
+from slideflow_ray.exits import ending
+from slideflow_ray.observe import say_failures
 from slideflow_ray.progress import to_stderr
 from slideflow_ray.report import write_report
 from slideflow_ray.run import run
-from slideflow_ray.specs import given_run, on_ray
+from slideflow_ray.specs import given_run, worked_off
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,13 +37,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def score(given: argparse.Namespace) -> int:
-    spec = on_ray(given_run(given.settings, given.cohort, given.model or (), given.out), given.workers)
+    said = given_run(given.settings, given.cohort, given.model or (), given.out)
+    spec = worked_off(said, workers=given.workers, default="ray")
     result = run(spec, listen=to_stderr(), retry=given.retry)
     if result.counts["done"]:
         print(evaluate(spec.out).summary())
         print(f"report {write_report(spec.out)}")
     print(f"counts {result.counts}")
-    return 0 if result.counts["done"] == len(result.ended) else EXIT_FAILURES
+    return say_failures((ended.code, ended.slide_id) for ended in result.ended if ended.status != "done")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ from slideflow_ray.events import (
     WorkerDied,
     WorkersChanged,
 )
+from slideflow_ray.exits import EXIT_FAILURES, EXIT_OK
 
 LOG_ENV = "SLIDEFLOW_RAY_LOG"
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
@@ -148,6 +149,14 @@ def grouped(failures: Iterable[tuple[str, str]]) -> list[str]:
         lines.append(f"{rest:>6} x other codes")
     total = sum(map(len, by_code.values()))
     return [f"failures by code ({total} slides):", *lines] if lines else []
+
+
+def say_failures(failures: Iterable[tuple[str, str]]) -> int:
+    """Write failures by code to standard error, as the last that a job says; return the exit code that they make."""
+    lines = grouped(failures)
+    sys.stdout.flush()  # what was said before stands before
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
+    return EXIT_FAILURES if lines else EXIT_OK
 
 
 def _some(slides: list[str], most: int = 5) -> str:

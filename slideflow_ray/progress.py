@@ -23,6 +23,7 @@ from slideflow_ray.events import (
     TriedAgain,
     VersionChosen,
     WorkerDied,
+    WorkersChanged,
 )
 
 LINE_EVERY_S = 10.0
@@ -38,7 +39,7 @@ class RunProgress:
 
     def _begin(self, slides: int, verb: str) -> None:
         """Count from zero: one listener may hear several runs."""
-        self.slides, self.verb = slides, verb
+        self.slides, self.verb, self.workers = slides, verb, 0
         self.ended = self.tiles_known = self.tiles_done = self.planned = 0
         self._again: Counter[str] = Counter()
         self._start = self._said = time.monotonic()
@@ -63,9 +64,9 @@ class RunProgress:
                 self.ended += 1
                 word = "refused" if event.refused else "failed"
                 self.say(f"{event.slide_id} {word}: {event.code} {event.message.splitlines()[0]}")
-            case WorkerDied():
-                self.say(f"{event.worker} died ({event.cause}); its tasks are tried again: {', '.join(event.slides)}")
-            case EpochTrained() | VersionChosen() | Noted() | TriedAgain():
+            case WorkersChanged():
+                self._recount(event.workers)
+            case EpochTrained() | VersionChosen() | Noted() | TriedAgain() | WorkerDied():
                 self.say(_line(event))
             case RunFinished():
                 self._finish(event)
@@ -74,12 +75,20 @@ class RunProgress:
 
     def _announce(self, event: RunStarted) -> None:
         what = f"with {', '.join(event.models)}" if event.models else "without a model (tiles only)"
+        self.workers = event.workers
         self.say(f"{event.slides} slides {what}, {event.executor}, {event.workers} workers")
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, TextColumn("{task.fields[rate]}"), console=self.console, transient=True)
             self._bar.add_task("slides", total=event.slides, rate="")
             self._bar.start()
+
+    def _recount(self, workers: int) -> None:
+        """Say how many workers there are where some joined or left; that those announced have come up is no news."""
+        if workers != self.workers:
+            went = "more have joined" if workers > self.workers else "some have left, or are not up yet"
+            self.say(f"{workers} workers instead of {self.workers}: {went}")
+        self.workers = workers
 
     def _say_why(self, event: SlidePlanned) -> None:
         """Say why a slide is scored again; a reason that others share is said once, and counted."""
@@ -109,7 +118,7 @@ class RunProgress:
             self._bar.update(self._bar.task_ids[0], completed=self.ended, rate=self.rate())
         elif not self.console.is_terminal and time.monotonic() - self._said > LINE_EVERY_S:
             self._said = time.monotonic()
-            self.say(f"{self.ended} of {self.slides} slides; {self.rate()}")
+            self.say("; ".join(filter(None, [f"{self.ended} of {self.slides} slides", self.rate()])))
 
     def rate(self) -> str:
         """Tiles per second and an estimate of the time left, from the slides planned so far."""
@@ -124,9 +133,11 @@ class RunProgress:
         return text
 
 
-def _line(event: EpochTrained | VersionChosen | Noted | TriedAgain) -> str:
+def _line(event: EpochTrained | VersionChosen | Noted | TriedAgain | WorkerDied) -> str:
     if isinstance(event, Noted):
         return event.text
+    if isinstance(event, WorkerDied):
+        return f"{event.worker} died ({event.cause}); its tasks are tried again: {', '.join(event.slides)}"
     if isinstance(event, TriedAgain):
         return f"{event.slide_id}: {event.code} {event.message.splitlines()[0]} Tried again alone on a fresh worker."
     if isinstance(event, VersionChosen):

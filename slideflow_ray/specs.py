@@ -371,8 +371,11 @@ def given_run(settings: str | None, cohort: str | None, models: Sequence[str], o
     return RunSpec.parse({**places, "model": [{"path": relative_to(here, path)} for path in models]}, "arguments")
 
 
-def on_ray(spec: RunSpec, workers: int = 0) -> RunSpec:
-    """Return the run worked off by Ray, unless its settings name an executor; `workers` = 0 leaves their number."""
-    named = "kind" in spec.executor.model_fields_set
-    update = ({} if named else {"kind": "ray"}) | ({"workers": workers} if workers else {})
-    return spec.model_copy(update={"executor": spec.executor.model_copy(update=update)})
+def worked_off(spec: RunSpec, told: str | None = None, workers: int = 0, *, default: str = "inline") -> RunSpec:
+    """Return the run with the executor that it is told, else the one its settings name, else `default`.
+
+    workers : 0 leaves their number as the settings say.
+    """
+    named = spec.executor.kind if "kind" in spec.executor.model_fields_set else default
+    values = {**spec.executor.model_dump(), "kind": told or named, "workers": workers or spec.executor.workers}
+    return spec.model_copy(update={"executor": ExecutorSpec.parse(values, "executor")})

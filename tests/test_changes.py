@@ -10,19 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from rich.console import Console
 
+from slideflow_ray import pipeline
 from slideflow_ray.accounting import read_run
 from slideflow_ray.changes import differences
-from slideflow_ray.errors import BundleError
-from slideflow_ray.events import ChunkScored, Event, RunStarted, SlidePlanned
+from slideflow_ray.cohort import Item
+from slideflow_ray.errors import BundleError, SourceChanged
+from slideflow_ray.events import ChunkScored, Event, RunStarted, SlidePlanned, WorkersChanged
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
 from slideflow_ray.phantoms import halved, write_marked_slide, write_pyramid
+from slideflow_ray.pipeline import Context, OpenSlides, plan_slide
 from slideflow_ray.progress import RunProgress
 from slideflow_ray.run import run
-from slideflow_ray.specs import RunSpec
+from slideflow_ray.specs import RunSpec, StoreSpec, TileSpec, TissueSpec
 from slideflow_ray.store import SlideStore
 from tests.segmenters import write_colours, write_discs
 
@@ -187,6 +191,31 @@ def test_a_slide_that_is_replaced_while_it_is_scored_is_never_scored_as_the_othe
     np.testing.assert_array_equal(one, other)
 
 
+def test_a_slide_that_is_replaced_between_opening_and_the_end_of_a_read_gives_no_tiles(tmp_path, monkeypatch):
+    """The chunk's first rows are of the old file and its last ones of the new one: none of them is kept."""
+    for name, value in (("s", 50), ("other", 200)):  # not compressed, so that each byte has its place in both
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.full((512, 512, 3), value, np.uint8), tile=(64, 64))
+    item = Item(slide_id="s", uri=str(tmp_path / "s.tif"), modality="tem", mpp=0.5)
+    tile = TileSpec(tile_px=64, mpp=0.5)
+    context = Context(str(tmp_path / "out"), (), TissueSpec(), StoreSpec(), (tile,))
+    (chunk,) = plan_slide(context, item).todo
+    real = pipeline.read_tiles
+
+    def replaced_meanwhile(reader, xy_px0, **how):
+        first = real(reader, xy_px0[:32], **how)
+        shutil.copy(tmp_path / "other.tif", tmp_path / "s.tif")
+        last = real(reader, xy_px0[32:], **how)
+        assert (first.mean(), last.mean()) == (50, 200)
+        return np.concatenate([first, last])
+
+    slides = OpenSlides()
+    monkeypatch.setattr(pipeline, "read_tiles", replaced_meanwhile)
+    with pytest.raises(SourceChanged):
+        pipeline.read_chunk(context, chunk, slides)
+    slides.forget()
+    assert not SlideStore(tmp_path / "out", "s").has_chunk(f"grids/{chunk.grid}/tiles", 0, ndim=4)
+
+
 def test_a_crop_that_is_replaced_after_its_pack_was_formed_fails_alone(bundles, tmp_path):
     rng = np.random.default_rng(0)
     card = read_card(bundles["aligned"]).model_copy(update={"name": "whole", "whole": "squash", "mpp": None})
@@ -243,6 +272,16 @@ def test_each_reason_is_said_once_and_counted():
     assert lines[:2] == ["x is scored again: m changed (1 -> 2)", "w is scored again: its file changed"]
     assert "3 slides were scored again: m changed (1 -> 2)" in lines
     assert not any(line.startswith("1 slides") for line in lines)
+
+
+def test_workers_that_join_and_leave_are_said_and_those_announced_are_not():
+    text = io.StringIO()
+    progress = RunProgress(Console(file=text, width=200))
+    progress(RunStarted(3, ("m",), "ray", 2))
+    for workers in (2, 3, 1):
+        progress(WorkersChanged(workers))
+    _, *lines = text.getvalue().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["3 workers instead of 2", "1 workers instead of 3"]
 
 
 def test_a_changed_file_explains_its_size_and_levels():

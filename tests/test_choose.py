@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray
 
 from slideflow_ray import cli
 from slideflow_ray.errors import ConfigError
@@ -72,19 +76,37 @@ def test_a_place_that_is_taken_is_said_before_anything_is_trained(cohort, work, 
 SEARCH = SearchSpec(lr=(1e-6, 3e-3), epochs=1)
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+def tried_here(monkeypatch) -> Callable[..., list[dict[str, Any]]]:
+    """Ray Tune's trials one after the other in this process: Tune itself takes minutes for processes to start."""
+
+    def tuned(job, spec, grid, data) -> list[dict[str, Any]]:
+        said: list[dict[str, Any]] = []
+        monkeypatch.setattr(ray, "tune", SimpleNamespace(report=said.append), raising=False)
+        kept = []
+        for settings in grid:
+            choose_module._trial({"settings": settings}, (job, data, spec.epochs))
+            kept.append({"settings": dict(settings), **said[-1]["best"]})
+        return kept
+
+    return tuned
+
+
+@pytest.mark.parametrize("by", ["hand", pytest.param("tune", marks=[pytest.mark.soak, pytest.mark.ray])])
 def test_a_search_keeps_the_best_of_the_grid_and_is_not_made_twice(
-    local_ray, cohort, work, tmp_path, monkeypatch, capsys
+    by, request, cohort, work, tmp_path, monkeypatch, capsys
 ):
-    job = job_of(cohort, tmp_path / "found", work)
+    if by == "tune":
+        request.getfixturevalue("local_ray")
+    else:
+        monkeypatch.setattr(choose_module, "_tuned", tried_here(monkeypatch))
+    job = job_of(cohort, tmp_path / f"found-{by}", work)
     result, found = search(job, SEARCH)
     assert [c.settings for c in found] == [{"lr": 1e-6}, {"lr": 3e-3}]
     best = min(found, key=lambda c: c.loss)
     assert found[0].loss != found[1].loss
     assert capsys.readouterr().out == ""  # which is for --json
     assert result.best.val.loss == pytest.approx(best.loss, abs=1e-6)  # the same training once more
-    record = json.loads((tmp_path / "found" / "training.json").read_text())
+    record = json.loads((tmp_path / f"found-{by}" / "training.json").read_text())
     assert [c["lr"] for c in record["choice"]["candidates"]] == [1e-6, 3e-3]
     assert record["settings"]["fit"]["lr"] == best.settings["lr"]
     monkeypatch.setattr(choose_module, "_tuned", lambda *_: pytest.fail("it searched again"))

@@ -16,7 +16,7 @@ import pytest
 from slideflow_ray import errors, lease, storage
 from slideflow_ray.errors import ConfigError, LeaseError, NotASlide, SlideNotFound
 from slideflow_ray.identity import identity
-from slideflow_ray.specs import RunSpec, StoreSpec, TileSpec, load_run
+from slideflow_ray.specs import RunSpec, StoreSpec, TileSpec, load_run, worked_off
 
 TOML = """
 cohort = "cohort.csv"
@@ -210,3 +210,20 @@ def test_the_lease_of_another_host_counts_until_it_is_silent(tmp_path):
     os.utime(path, (old, old))
     with lease.lease(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("said", "told", "default", "kind"),
+    [
+        ({}, None, "ray", "ray"),
+        ({}, None, "inline", "inline"),
+        ({"kind": "inline"}, None, "ray", "inline"),
+        ({"kind": "ray"}, "inline", "ray", "inline"),
+        ({"workers": 3}, "ray", "inline", "ray"),
+    ],
+)
+def test_a_run_is_worked_off_by_what_it_is_told_else_by_what_its_settings_name(said, told, default, kind):
+    spec = RunSpec.parse({"cohort": "c.csv", "out": "o", "model": [{"path": "m"}], "executor": said}, "test")
+    assert worked_off(spec, told, default=default).executor.kind == kind
+    assert worked_off(spec, told, default=default).executor.workers == said.get("workers", 0)
+    assert worked_off(spec, told, 5, default=default).executor.workers == 5

@@ -137,9 +137,9 @@ def test_what_listens_is_no_http():
 
         thread = threading.Thread(target=answer)
         thread.start()
-        said = refusal(InfrastructureError, Cluster(f"http://127.0.0.1:{s.getsockname()[1]}", TOKEN))
+        said = refusal(ConfigError, Cluster(f"http://127.0.0.1:{s.getsockname()[1]}", TOKEN))
         thread.join()
-    assert "does not answer: SSH-2.0" in said
+    assert "does not speak HTTP. Next: Give http://HEAD:8265" in said
 
 
 def test_what_answers_is_no_ray():
@@ -391,6 +391,7 @@ def test_a_training_is_told_where_its_bundle_goes(laptop):
     values = tomllib.loads(parcel.files[SETTINGS].decode())
     assert (values["out"], values["work"]) == ("/shared/models/t", "/shared/models/t.work")
     assert parcel.arguments == (SETTINGS, "--overwrite")
+    assert parcel.told["mark"] == values["work"]  # a first look that made `out` would have it there already
 
 
 def test_an_evaluation_is_told_by_arguments():
@@ -431,7 +432,7 @@ def told(tmp_path, monkeypatch) -> dict:
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(probe, "everywhere", lambda paths: {"head": probe.unreadable(paths)})
     uris = [str(tmp_path / name) for name in "abcde"]
-    return {"out": str(tmp_path / "out"), "read": [uris[0]], "cohorts": [], "uris": uris}
+    return {"mark": str(tmp_path / "out"), "read": [uris[0]], "cohorts": [], "uris": uris}
 
 
 def test_what_all_can_be_read_passes_and_leaves_nothing_behind(told, tmp_path):
@@ -456,7 +457,7 @@ def test_a_bundle_a_cohort_and_an_output_folder_must_be_there(told, tmp_path):
     missing = str(tmp_path / "bundle")
     assert missing in probe.look(told | {"read": [missing]})[0][0]
     assert "The cohort" in probe.look(told | {"cohorts": [missing]})[0][0]
-    assert "cannot be written" in probe.look(told | {"out": str(tmp_path / "a" / "out")})[0][0]
+    assert "cannot be written" in probe.look(told | {"mark": str(tmp_path / "a" / "out")})[0][0]
 
 
 def test_a_node_that_does_not_share_the_output_folder_is_named(told, monkeypatch):
@@ -466,7 +467,7 @@ def test_a_node_that_does_not_share_the_output_folder_is_named(told, monkeypatch
 
     monkeypatch.setattr(probe, "everywhere", everywhere)
     (line,) = probe.look(told)[0]
-    assert line.startswith(f"node does not see what another node writes to {told['out']}")
+    assert line.startswith(f"node does not see what another node writes to {told['mark']}")
 
 
 def test_one_node_of_each_other_machine_is_tried():

@@ -17,7 +17,7 @@ from slideflow_ray.exits import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from slideflow_ray.submit.cluster import Cluster
-    from slideflow_ray.submit.follow import Client
+    from slideflow_ray.submit.follow import Client, Submitted
     from slideflow_ray.submit.parcel import Parcel
 
 commands = typer.Typer()
@@ -76,7 +76,7 @@ def submit(
     follow.check_size(parcel, max_upload_mb * 2**20)
     client = follow.Client(cluster)
     done = follow.submit(client, parcel, check=preflight, again=again, any_version=any_version)
-    _say(_beginning(done.job, done.state, done.attempt, parcel))
+    _say(_beginning(done, parcel))
     if as_json or detach:
         said = {"job": done.job, "state": done.state, "attempt": done.attempt, "out": parcel.out}
         typer.echo(json.dumps(said) if as_json else done.job)
@@ -89,13 +89,17 @@ def _say(text: str) -> None:
         typer.echo(text, err=True)
 
 
-def _beginning(job: str, state: str, attempt: int, parcel: Parcel) -> str:
-    if state == "finished":
-        return f"{job} has finished already: {parcel.out}. Next: --again runs it again, and scores what is new."
-    if state == "running":
-        return f"{job} runs already; following it."
-    more = f", attempt {attempt}: it resumes" if attempt > 1 else ""
-    return f"{job} submitted{more}; {parcel.size / 2**20:.1f} MB sent"
+def _beginning(done: Submitted, parcel: Parcel) -> str:
+    if done.state == "finished":
+        return f"{done.job} has finished already: {parcel.out}. Next: --again runs it again, and scores what is new."
+    if done.state == "running":
+        return f"{done.job} runs already."
+    from slideflow_ray.submit.parcel import KINDS
+
+    more = f", attempt {done.attempt}" if done.attempt > 1 else ""
+    if more and not KINDS[parcel.kind].repeats:
+        more += ": it resumes"
+    return f"{done.job} submitted{more}; {parcel.size / 2**20:.1f} MB sent"
 
 
 def _parcel(target: str | None, more: list[str], options: dict[str, Any], cluster: Cluster) -> Parcel:

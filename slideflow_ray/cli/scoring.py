@@ -12,7 +12,7 @@ import typer
 from slideflow_ray.cli.common import DaskName, ExecutorName, Json, Out, OutArgument, PrecisionName, TilesName
 from slideflow_ray.errors import ConfigError, CorruptStore
 from slideflow_ray.exits import EXIT_DRIFT, EXIT_FAILURES
-from slideflow_ray.observe import grouped
+from slideflow_ray.observe import say_failures
 from slideflow_ray.storage import place
 
 if TYPE_CHECKING:
@@ -109,13 +109,11 @@ def _finish_run(result: RunResult, spec: RunSpec, as_json: bool) -> None:
         typer.echo(f"Nothing to do: {counts['done']} slides were done already in {spec.out}")
     else:
         typer.echo(f"done {counts['done']}, failed {counts['failed']}, refused {counts['refused']}: {spec.out}")
-    if counts["failed"] or counts["refused"]:
-        for ended in result.ended:
-            if ended.status != "done":
-                typer.echo(f"  {ended.slide_id}: {ended.code} {ended.message} Next: {ended.next_step}", err=True)
-        for line in grouped((e.code, e.slide_id) for e in result.ended if e.status != "done"):
-            typer.echo(line, err=True)  # last: a job's message in Ray is its last ten lines
-        raise typer.Exit(EXIT_FAILURES)
+    failures = [ended for ended in result.ended if ended.status != "done"]
+    for ended in failures:
+        typer.echo(f"  {ended.slide_id}: {ended.code} {ended.message} Next: {ended.next_step}", err=True)
+    if code := say_failures((ended.code, ended.slide_id) for ended in failures):
+        raise typer.Exit(code)
 
 
 @commands.command()
@@ -212,14 +210,12 @@ def nightly(
     from slideflow_ray.nightly.spec import load_nightly
     from slideflow_ray.progress import to_stderr
 
-    spec = load_nightly(settings)
-    if executor is not None:
-        kind = spec.run.executor.model_copy(update={"kind": executor.value})
-        spec = spec.model_copy(update={"run": spec.run.model_copy(update={"executor": kind})})
+    spec = load_nightly(settings, executor.value if executor else None)
     night = run_night(spec, _date(date), to_stderr())
     typer.echo(json.dumps(night.to_json()) if as_json else night.summary())
-    if night.drifted or night.failed:
-        raise typer.Exit(EXIT_DRIFT if night.drifted else EXIT_FAILURES)
+    code = say_failures(night.failures)
+    if night.drifted or code:
+        raise typer.Exit(EXIT_DRIFT if night.drifted else code)
 
 
 def _date(text: str | None) -> Date | None:

@@ -77,6 +77,11 @@ class Night:
         """Whether any slide did not end well."""
         return bool(self.accounted["failed"] or self.accounted["refused"])
 
+    @property
+    def failures(self) -> list[tuple[str, str]]:
+        """Code and slide_id of the slides that did not end well."""
+        return [(str(end["code"]), slide_id) for slide_id, end in self.ended.items()]
+
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
         return {**asdict(self), "drift": list(self.drifted), "failed": self.failed}

@@ -9,7 +9,17 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from slideflow_ray.errors import ConfigError
-from slideflow_ray.specs import Fraction, Modality, Positive, RunSpec, Spec, folder_of, read_settings, relative_to
+from slideflow_ray.specs import (
+    Fraction,
+    Modality,
+    Positive,
+    RunSpec,
+    Spec,
+    folder_of,
+    read_settings,
+    relative_to,
+    worked_off,
+)
 from slideflow_ray.website import check_address
 
 RESULTS, REFERENCE, NIGHTS = "results", "reference", "nights"
@@ -110,10 +120,13 @@ def parse_nightly(values: Mapping[str, Any], where: str) -> NightlySpec:
     return NightlySpec.parse({**mine, "run": RunSpec.parse(run, where)}, where)
 
 
-def load_nightly(path: Path) -> NightlySpec:
-    """Read nightly.toml; relative paths in it are relative to the file. Raises ConfigError."""
-    values = read_settings(path)
-    return parse_nightly(_placed(values, folder_of(path)), str(path))
+def load_nightly(path: Path, executor: str | None = None, *, default: str = "inline") -> NightlySpec:
+    """Read nightly.toml; relative paths in it are relative to the file. Raises ConfigError.
+
+    executor, default : what works the night off, as `specs.worked_off` says.
+    """
+    spec = parse_nightly(_placed(read_settings(path), folder_of(path)), str(path))
+    return spec.model_copy(update={"run": worked_off(spec.run, executor, default=default)})
 
 
 def _placed(values: dict[str, Any], here: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ NODES_S = 8.0
 """How long a head that has just started may take to know its nodes."""
 MAX_ANSWER_BYTES = 2**24
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PORT = "Give http://HEAD:8265 (or https://...): the dashboard's address, not the cluster's port 6379."
 CHECK = "Check the address, that the head is up, and that the tunnel to it is open."
 
 
@@ -147,7 +148,7 @@ def _checked(address: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
             f"{address!r} is no job server's address.",
-            next_step="Give http://HEAD:8265 (or https://...): the dashboard's address, not the cluster's port 6379.",
+            next_step=PORT,
         )
     if parts.username or parts.password:
         raise ConfigError("The address holds credentials.", next_step="Keep the token in a file, RAY_AUTH_TOKEN_PATH.")
@@ -252,17 +253,25 @@ def _is_open(cluster: Cluster) -> bool:
 def _asked(cluster: Cluster, path: str) -> dict[str, Any]:
     status, answer = _get(cluster.address + path, cluster.headers)
     if status in (401, 403):
-        raise ConfigError(
-            f"{cluster.address} refuses the token (HTTP {status}).",
-            next_step="Copy the cluster's token anew: it is another one, or this file is of another cluster.",
-        )
+        raise refused(cluster, f" (HTTP {status})")
     if status != 200 or not isinstance(answer, dict):
         raise InfrastructureError(f"{cluster.address}{path} answers HTTP {status}.", next_step=CHECK)
     return answer
 
 
+def refused(cluster: Cluster, why: str = "") -> ConfigError:
+    """Return the error of a cluster that does not take our token."""
+    return ConfigError(
+        f"{cluster.address} refuses the token{why}.",
+        next_step="Copy the cluster's token anew: it is another one, or this file is of another cluster.",
+    )
+
+
 def _get(url: str, headers: Mapping[str, str]) -> tuple[int, Any]:
-    """The status of a GET and the JSON it gives, None where it is none. Raises InfrastructureError: nobody answers."""
+    """The status of a GET and the JSON it gives, None where it is none.
+
+    Raises InfrastructureError where nobody answers, ConfigError for what is no web server.
+    """
     request = urllib.request.Request(url, headers=dict(headers))  # noqa: S310 - http or https, see _checked
     try:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=ANSWER_S) as answer:
@@ -271,8 +280,11 @@ def _get(url: str, headers: Mapping[str, str]) -> tuple[int, Any]:
         error.close()
         return error.code, None
     except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
-        reason = " ".join(str(getattr(error, "reason", error)).split())[:300] or type(error).__name__
         where = "{0.scheme}://{0.netloc}".format(urlsplit(url))
+        if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
+            said = f"{where} is no job server's: what answers does not speak HTTP."
+            raise ConfigError(said, next_step=PORT) from error
+        reason = " ".join(str(getattr(error, "reason", error)).split())[:300] or type(error).__name__
         raise InfrastructureError(f"{where} does not answer: {reason}.", next_step=CHECK) from error
 
 

@@ -25,7 +25,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from slideflow_ray.errors import ConfigError, InfrastructureError
 from slideflow_ray.exits import EXIT_CONFIG, EXIT_DRIFT, EXIT_FAILURES, EXIT_INFRA, EXIT_INTERRUPTED, EXIT_VERIFY
-from slideflow_ray.submit.cluster import ADDRESSES, Cluster
+from slideflow_ray.submit.cluster import ADDRESSES, Cluster, refused
 from slideflow_ray.submit.parcel import KINDS, PROBE, Parcel, version
 from slideflow_ray.submit.probe import JOB
 
@@ -74,7 +74,7 @@ class Client(JobSubmissionClient):
         try:
             found: requests.Response = super()._do_request(method, endpoint, **{"timeout": REQUEST_S, **kwargs})
         except AuthenticationError as error:
-            raise ConfigError(f"{self.cluster.address} refuses the token.") from error
+            raise refused(self.cluster) from error
         except requests.RequestException as error:
             cause = type(error).__name__
             raise InfrastructureError(f"{self.cluster.address} does not answer: {cause}.", next_step=AGAIN) from error

@@ -116,11 +116,15 @@ NOWHERE = Places()
 
 @dataclass
 class Packing:
-    """A parcel in the making; `here` is what relative paths are relative to."""
+    """A parcel in the making; `here` is what relative paths are relative to.
+
+    mark : the folder in which the cluster tries to write, where that is not `out`.
+    """
 
     here: str
     places: Places = NOWHERE
     out: str = ""
+    mark: str = ""
     files: dict[str, bytes | Path] = field(default_factory=dict)
     copies: list[tuple[str, str]] = field(default_factory=list)
     read: list[str] = field(default_factory=list)
@@ -195,6 +199,7 @@ class Packing:
         """Return what the first step must know."""
         return {
             "out": self.out,
+            "mark": self.mark or self.out,
             "read": list(dict.fromkeys(self.read)),
             "cohorts": self.cohorts,
             "uris": list(dict.fromkeys(self.uris)),
@@ -251,7 +256,7 @@ def _placed_train(values: dict[str, Any], pack: Packing) -> None:
 
     _need(values, "out", "cohort")
     pack.out = values["out"] = pack.target(values["out"])
-    values["work"] = pack.target(values.get("work", f"{pack.out}.work"), "work")
+    pack.mark = values["work"] = pack.target(values.get("work", f"{pack.out}.work"), "work")  # `out` must not exist
     fit, crew = values.get("fit") or {}, values.get("crew") or {}
     if fit.get("weights", RANDOM) not in (RANDOM, IMAGENET):
         fit["weights"] = pack.there(fit["weights"], "fit.weights")

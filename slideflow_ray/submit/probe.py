@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -68,7 +69,7 @@ def versions(told: dict[str, Any]) -> list[str]:
     """Return what differs between who submitted and the cluster."""
     wrong = []
     try:
-        import slideflow_ray
+        import slideflow_ray  # noqa: F401 - whether it is there
     except ImportError as error:
         step = "Next: install slideflow-ray on every node, or give --python the interpreter that has it."
         return [f"{sys.executable} on the cluster cannot import slideflow_ray: {error}. {step}"]
@@ -79,7 +80,7 @@ def versions(told: dict[str, Any]) -> list[str]:
     for key, name in named.items():
         if _minor(told[key], key) != _minor(found[key], key) and not told.get("any_version"):
             wrong.append(
-                f"The cluster has {name} {found[key]}, who submitted has {told[key]} ({slideflow_ray.__name__}). "
+                f"The cluster has {name} {found[key]}, who submitted has {told[key]}. "
                 "Next: install the same on both sides, or pass --any-version."
             )
     return wrong
@@ -105,7 +106,7 @@ def look(told: dict[str, Any]) -> tuple[list[str], str]:
     """Return what is wrong, one line each, and a line on what was tried."""
     from slideflow_ray import storage
 
-    out = storage.place(told["out"])
+    out = storage.place(told["mark"])
     mark = out / f".preflight-{os.getpid()}"
     if cause := attempt(lambda: _write(mark)):
         return [f"{out} cannot be written from the cluster: {cause}. {NEXT_OUT}"], ""
@@ -245,7 +246,8 @@ def copy(source: Path, target: str) -> None:
 
 
 def perform(arguments: Sequence[str]) -> int:
-    """Be the script."""
+    """Be the script. Stopping the job interrupts it; Ray's own answer to SIGTERM is a dump of the stack."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.argv = list(arguments)
     sys.path[0] = str(Path(arguments[0]).resolve().parent)
     try:
