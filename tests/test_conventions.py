@@ -62,7 +62,7 @@ HEAVY = {
     "tiffslide": {"slides/tiff.py"},
     "openslide": {"slides/openslide.py", "doctor.py"},
     "zarr": {"store.py", "slides/omezarr.py", "slides/guarded.py", "bucket.py"},
-    "tifffile": {"export.py", "slides/image.py", "phantoms.py"},
+    "tifffile": {"export.py", "slides/image.py", "phantoms/files.py"},
     "imagecodecs": {"slides/image.py"},
     "matplotlib": {"report.py", "train/record.py"},
     "jinja2": {"report.py"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,16 +16,43 @@ from slideflow_ray.exits import EXIT_VERIFY
 commands = typer.Typer()
 
 
+class PhantomKind(StrEnum):
+    """What the phantoms show."""
+
+    tumour = "tumour"
+    kidney = "kidney"
+    glomeruli = "glomeruli"
+
+
+class ScannerName(StrEnum):
+    """Whose colours kidney phantoms have: one scanner's, or both by turns."""
+
+    A = "A"
+    B = "B"
+    AB = "AB"
+
+
 @commands.command()
 def phantoms(
     folder: Annotated[Path, typer.Argument(help="Where to write slides, annotations and cohort.csv.")],
-    slides: Annotated[int, typer.Option(min=3)] = 12,
+    kind: Annotated[
+        PhantomKind, typer.Option(help="H&E slides with tumour, HE and PAS slides of kidney, or crops of glomeruli.")
+    ] = PhantomKind.tumour,
+    slides: Annotated[int, typer.Option(min=3, help="Of tumour.")] = 12,
+    patients: Annotated[int, typer.Option(min=3, help="Of kidney and glomeruli.")] = 10,
+    scanner: Annotated[ScannerName, typer.Option(help="Of kidney and glomeruli.")] = ScannerName.A,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Write a cohort of generated H&E slides with their truth; print where its cohort.csv is."""
-    from slideflow_ray.phantoms import write_cohort
+    """Write a cohort of generated images with their truth; print where its cohort.csv is."""
+    from slideflow_ray.phantoms import write_cohort, write_glomeruli, write_kidney_cohort
 
-    typer.echo(write_cohort(folder, slides=slides, seed=seed))
+    if kind == PhantomKind.kidney:
+        path = write_kidney_cohort(folder, patients=patients, scanner=scanner.value, seed=seed)
+    elif kind == PhantomKind.glomeruli:
+        path = write_glomeruli(folder, patients=patients, scanner=scanner.value, seed=seed)
+    else:
+        path = write_cohort(folder, slides=slides, seed=seed)
+    typer.echo(path)
 
 
 @commands.command()

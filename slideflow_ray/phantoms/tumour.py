@@ -1,6 +1,6 @@
-"""Generated slides with their truth: the demo and the tests need no download.
+"""H&E phantoms with tumour and their truth.
 
-An H&E phantom is painted as two planes, the amounts of haematoxylin and eosin, which
+A phantom is painted as two planes, the amounts of haematoxylin and eosin, which
 a table turns into colours by Beer-Lambert's law with the stain vectors of Ruifrok and
 Johnston (Anal. Quant. Cytol. Histol. 23 (2001) 291-299), varied per slide. Tumour is a
 matter of nuclei, not of colour: larger, irregular, crowded ones, thinned out here and
@@ -10,13 +10,9 @@ The same seed makes the same bytes.
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import uuid
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,12 +21,23 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from slideflow_ray.errors import ConfigError
-
-Pixels = npt.NDArray[np.uint8]
-Plane = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
-Ring = npt.NDArray[np.float64]
-Random = np.random.Generator
+from slideflow_ray.phantoms.files import halved, in_processes, write_csv, write_pyramid
+from slideflow_ray.phantoms.shapes import (
+    Mask,
+    Nucleus,
+    Pixels,
+    Plane,
+    Random,
+    Ring,
+    depth_of,
+    disk_at,
+    draw_nucleus,
+    fibre_texture,
+    point_list,
+    smooth_noise,
+    tiled_over,
+    wavy_ring,
+)
 
 COARSE: Final = 16
 """px0 per pixel of the plan, on which tissue, tumour and densities are laid out."""
@@ -80,22 +87,11 @@ class _Plan:
     tumours: tuple[Tumour, ...]
 
 
-@dataclass(frozen=True)
-class _Nucleus:
-    """A kind of nucleus: semi-axes in um, how irregular, how dark (0-255), and um from one to the next."""
-
-    long_um: tuple[float, float]
-    short_um: tuple[float, float]
-    irregular: float
-    dark: tuple[int, int]
-    spacing_um: float
-
-
 NUCLEI: Final = {
-    "stroma": _Nucleus((4.0, 6.5), (1.3, 2.0), 0.04, (85, 212), 17.0),
-    "gland": _Nucleus((2.8, 4.4), (2.3, 3.7), 0.04, (85, 212), 9.5),
-    "lymph": _Nucleus((2.6, 3.3), (2.5, 3.1), 0.04, (85, 212), 7.5),
-    "tumour": _Nucleus((5.0, 8.4), (4.1, 7.0), 0.16, (85, 212), 17.6),
+    "stroma": Nucleus((4.0, 6.5), (1.3, 2.0), 0.04, (85, 212), 17.0),
+    "gland": Nucleus((2.8, 4.4), (2.3, 3.7), 0.04, (85, 212), 9.5),
+    "lymph": Nucleus((2.6, 3.3), (2.5, 3.1), 0.04, (85, 212), 7.5),
+    "tumour": Nucleus((5.0, 8.4), (4.1, 7.0), 0.16, (85, 212), 17.6),
 }
 
 
@@ -134,24 +130,24 @@ def _plan(rng: Random, size_px0: tuple[int, int], mpp0: float, tumour: bool) -> 
     w, h = (-(-length // COARSE) for length in size_px0)
     tissue = _pieces(rng, (w, h))
     cell = 130.0 / (mpp0 * COARSE)
-    fat = (_smooth(rng, (w, h), 3.0 * cell) > 1.9) & tissue
+    fat = (smooth_noise(rng, (w, h), 3.0 * cell) > 1.9) & tissue
     tumours = _tumours(rng, tissue & ~fat, size_px0) if tumour else ()
     inside = _filled(tumours, (w, h))
     solid = tissue & ~fat
     lymph = _aggregates(rng, solid & ~inside, (w, h), cell)
-    cells = np.clip(0.52 + 0.24 * _smooth(rng, (w, h), 1.2 * cell), 0.3, 1) * solid * (1 - lymph)
-    spread = np.clip(0.55 + 0.25 * _smooth(rng, (w, h), 2 * cell), 0.15, 1)
+    cells = np.clip(0.52 + 0.24 * smooth_noise(rng, (w, h), 1.2 * cell), 0.3, 1) * solid * (1 - lymph)
+    spread = np.clip(0.55 + 0.25 * smooth_noise(rng, (w, h), 2 * cell), 0.15, 1)
     sown = {
         "stroma": spread * solid * (1 - 0.75 * cells) * (1 - lymph),
         "gland": cells * np.where(inside, 0.04, 0.96),
         "lymph": np.maximum(lymph, 0.04 * solid),
         "tumour": cells * np.where(inside, 0.96, 0.04),
     }
-    thick = np.clip(1 + 0.2 * _smooth(rng, (w, h), 1.5 * cell), 0.5, 1.5)
-    dye = np.clip(1 + 0.25 * _smooth(rng, (w, h), 1.2 * cell), 0.5, 1.5)
-    weave = np.clip(1.2 + 0.7 * _smooth(rng, (w, h), 1.2 * cell), 0.2, 2.6)
-    eosin = np.clip(0.58 + 0.13 * _smooth(rng, (w, h), 1.5 * cell), 0.25, 1) - 0.06 * (cells + lymph)
-    blur = np.clip(0.07 + 0.04 * _smooth(rng, (w, h), 2 * cell) + 0.05 * (cells + lymph), 0, 1)
+    thick = np.clip(1 + 0.2 * smooth_noise(rng, (w, h), 1.5 * cell), 0.5, 1.5)
+    dye = np.clip(1 + 0.25 * smooth_noise(rng, (w, h), 1.2 * cell), 0.5, 1.5)
+    weave = np.clip(1.2 + 0.7 * smooth_noise(rng, (w, h), 1.2 * cell), 0.2, 2.6)
+    eosin = np.clip(0.58 + 0.13 * smooth_noise(rng, (w, h), 1.5 * cell), 0.25, 1) - 0.06 * (cells + lymph)
+    blur = np.clip(0.07 + 0.04 * smooth_noise(rng, (w, h), 2 * cell) + 0.05 * (cells + lymph), 0, 1)
     kept = {name: np.asarray(field, np.float32) for name, field in sown.items()}
     return _Plan(
         tissue.astype(np.float32) * ~fat,
@@ -172,10 +168,10 @@ def _pieces(rng: Random, size: tuple[int, int]) -> Mask:
     centre = np.array([w * rng.uniform(0.42, 0.47), h * rng.uniform(0.46, 0.54)])
     image = Image.new("1", size)
     draw = ImageDraw.Draw(image)
-    draw.polygon(_points(_inside(centre + _blob(rng, 0.38 * np.array([w, h]), 0.12), size)), fill=1)
+    draw.polygon(point_list(_inside(centre + wavy_ring(rng, 0.38 * np.array([w, h]), 0.12), size)), fill=1)
     if rng.random() < 0.6:
         second = np.array([w * 0.87, h * rng.uniform(0.25, 0.75)])
-        draw.polygon(_points(_inside(second + _blob(rng, np.array([0.08 * w, 0.17 * h]), 0.12), size)), fill=1)
+        draw.polygon(point_list(_inside(second + wavy_ring(rng, np.array([0.08 * w, 0.17 * h]), 0.12), size)), fill=1)
     return np.asarray(image)
 
 
@@ -184,37 +180,12 @@ def _inside(ring: Ring, size: tuple[int, int]) -> Ring:
     return np.clip(ring, 0.03 * np.array(size), 0.97 * np.array(size))
 
 
-def _blob(rng: Random, radius: npt.NDArray[np.float64], rough: float, points: int = 72) -> Ring:
-    """Return a closed wavy outline around (0, 0), float64, shape (points + 1, 2)."""
-    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
-    order = np.arange(2, 9)
-    waves = rng.normal(0, rough / order**0.7)[:, None] * np.cos(
-        order[:, None] * angle + rng.uniform(0, 2 * np.pi, (7, 1))
-    )
-    r = np.clip(1 + waves.sum(axis=0), 0.45, 1.3)
-    ring = np.column_stack([r * np.cos(angle) * radius[0], r * np.sin(angle) * radius[1]])
-    return np.vstack([ring, ring[:1]])
-
-
-def _points(ring: Ring) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in ring]
-
-
-def _smooth(rng: Random, size: tuple[int, int], cell: float) -> Plane:
-    """Return smooth noise of mean 0 and standard deviation 1, float32, shape (h, w), that varies over `cell` pixels."""
-    w, h = size
-    grid = (max(2, round(w / cell) + 2), max(2, round(h / cell) + 2))
-    noise = Image.fromarray(rng.normal(size=(grid[1], grid[0])).astype(np.float32))
-    field = np.asarray(noise.resize(size, Image.Resampling.BICUBIC))
-    return np.asarray((field - field.mean()) / max(float(field.std()), 1e-6), np.float32)
-
-
 def _tumours(rng: Random, tissue: Mask, size_px0: tuple[int, int]) -> tuple[Tumour, ...]:
     """Return up to three tumours deep in the tissue, apart from each other; the first has a hole."""
     free = tissue.copy()
     found: list[Tumour] = []
     for number in range(int(rng.integers(3, 6))):
-        depth = _depth(free)
+        depth = depth_of(free)
         reach = float(depth.max())
         if reach < 5:
             break
@@ -222,11 +193,11 @@ def _tumours(rng: Random, tissue: Mask, size_px0: tuple[int, int]) -> tuple[Tumo
         row, col = places[int(rng.integers(len(places)))]
         radius = reach * rng.uniform(0.7, 0.9)
         centre = np.array([col + 0.5, row + 0.5]) * COARSE
-        outline = _within(tissue, centre, _blob(rng, np.full(2, radius * COARSE), 0.13, 48))
+        outline = _within(tissue, centre, wavy_ring(rng, np.full(2, radius * COARSE), 0.13, 48))
         inner = min(0.3 * radius * COARSE, 0.5 * float(np.hypot(*(outline - centre).T).min()))
-        hole = centre + _blob(rng, np.full(2, inner), 0.08, 24) if number == 0 else None
+        hole = centre + wavy_ring(rng, np.full(2, inner), 0.08, 24) if number == 0 else None
         found.append(Tumour(*(_in_slide(ring, size_px0) if ring is not None else None for ring in (outline, hole))))  # type: ignore[arg-type]
-        free &= ~_disk(free.shape, (float(col), float(row)), 1.45 * radius)
+        free &= ~disk_at(free.shape, (float(col), float(row)), 1.45 * radius)
     return tuple(found)
 
 
@@ -242,28 +213,14 @@ def _in_slide(ring: Ring, size_px0: tuple[int, int]) -> Ring:
     return np.round(np.clip(ring, 0, size_px0), 1)
 
 
-def _depth(mask: Mask) -> Plane:
-    """Return each pixel's distance to the border of `mask`."""
-    from scipy import ndimage
-
-    depth: Plane = ndimage.distance_transform_edt(mask).astype(np.float32)
-    return depth
-
-
-def _disk(shape: tuple[int, ...], xy: tuple[float, float], radius: float) -> Mask:
-    y, x = np.ogrid[: shape[0], : shape[1]]
-    disk: Mask = (x - xy[0]) ** 2 + (y - xy[1]) ** 2 <= radius**2
-    return disk
-
-
 def _filled(tumours: tuple[Tumour, ...], size: tuple[int, int]) -> Mask:
     """Return where tumour is on the plan, bool, shape (h, w)."""
     image = Image.new("1", size)
     draw = ImageDraw.Draw(image)
     for tumour in tumours:
-        draw.polygon(_points(tumour.outline / COARSE), fill=1)
+        draw.polygon(point_list(tumour.outline / COARSE), fill=1)
         if tumour.hole is not None:
-            draw.polygon(_points(tumour.hole / COARSE), fill=0)
+            draw.polygon(point_list(tumour.hole / COARSE), fill=0)
     return np.asarray(image)
 
 
@@ -287,7 +244,7 @@ def _aggregates(rng: Random, where: Mask, size: tuple[int, int], cell: float) ->
 def _paint(rng: Random, plan: _Plan, size_px0: tuple[int, int], mpp0: float) -> Pixels:
     """Return the slide's pixels, uint8, shape (h, w, 3)."""
     tissue = np.clip(2.5 * (_large(_soft(plan.tissue), size_px0) - 0.3), 0, 1)
-    fibres = _tiled(_fibres(rng, 512), size_px0)
+    fibres = tiled_over(fibre_texture(rng, 512), size_px0)
     weave = _large(plan.weave, size_px0) * fibres
     eosin = (255 * _large(plan.eosin, size_px0) * tissue * (0.74 + 0.26 * weave)).clip(0, 255).astype(np.uint8)
     haem = (255 * _large(plan.blur, size_px0) * tissue * (0.8 + 0.35 * weave)).clip(0, 255).astype(np.uint8)
@@ -299,7 +256,7 @@ def _paint(rng: Random, plan: _Plan, size_px0: tuple[int, int], mpp0: float) -> 
     haem = np.minimum(haem * (thick * _large(plan.dye, size_px0)), 255).astype(np.uint8)
     colours = _colours(rng)
     rgb = colours[haem.astype(np.uint16) * 256 + eosin]
-    noise = _tiled(rng.integers(-3, 4, (509, 509, 3)).astype(np.int16), size_px0)
+    noise = tiled_over(rng.integers(-3, 4, (509, 509, 3)).astype(np.int16), size_px0)
     return np.asarray(np.clip(rgb.astype(np.int16) + noise, 0, 255), np.uint8)
 
 
@@ -318,26 +275,6 @@ def _soft(plane: Plane) -> Plane:
 
 
 _AROUND: Final = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
-
-
-def _fibres(rng: Random, side: int) -> Plane:
-    """Return a seamless texture of wavy fibres, float32, shape (side, side), mean 0 and standard deviation 1."""
-    fy, fx = np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side), indexing="ij")
-    out = np.zeros((side, side))
-    for angle in rng.uniform(0, 0.6 * np.pi, 7):
-        along, across = fx * np.cos(angle) + fy * np.sin(angle), fy * np.cos(angle) - fx * np.sin(angle)
-        band = np.exp(-((along / 0.014) ** 2) - ((across - 0.05) / 0.06) ** 2)
-        out += np.fft.ifft2(np.fft.fft2(rng.normal(size=(side, side))) * band).real
-    grain = np.fft.ifft2(np.fft.fft2(rng.normal(size=(side, side))) * np.exp(-(fx**2 + fy**2) / 0.02)).real
-    out = out / out.std() + 0.5 * grain / grain.std()
-    return np.asarray((out - out.mean()) / out.std(), np.float32)
-
-
-def _tiled(texture: Any, size_px0: tuple[int, int]) -> Any:
-    """Return a texture repeated over the slide."""
-    w, h = size_px0
-    times = (-(-h // texture.shape[0]), -(-w // texture.shape[1])) + (1,) * (texture.ndim - 2)
-    return np.tile(texture, times)[:h, :w]
 
 
 def _add_fat(rng: Random, eosin: Pixels, fat: Plane, mpp0: float) -> None:
@@ -366,10 +303,10 @@ def _sites(rng: Random, field: Plane, spacing_px: float, size_px0: tuple[int, in
     return np.asarray(points[rng.random(len(points)) < chance], np.int64)
 
 
-def _sow(rng: Random, haem: Pixels, kind: _Nucleus, field: Plane, mpp0: float) -> None:
+def _sow(rng: Random, haem: Pixels, kind: Nucleus, field: Plane, mpp0: float) -> None:
     """Stamp nuclei of one kind where `field` allows them; of two that overlap the darker shows."""
     h, w = haem.shape
-    stamps = [_nucleus(rng, kind, mpp0) for _ in range(60)]
+    stamps = [draw_nucleus(rng, kind, mpp0) for _ in range(60)]
     half = stamps[0].shape[0] // 2
     sites = _sites(rng, field, kind.spacing_um / mpp0, (w, h))
     picks = rng.integers(len(stamps), size=len(sites))
@@ -378,24 +315,6 @@ def _sow(rng: Random, haem: Pixels, kind: _Nucleus, field: Plane, mpp0: float) -
         target = haem[max(top, 0) : top + 2 * half + 1, max(left, 0) : left + 2 * half + 1]
         stamp = stamps[pick][max(-top, 0) :, max(-left, 0) :][: target.shape[0], : target.shape[1]]
         np.maximum(target, stamp, out=target)
-
-
-def _nucleus(rng: Random, kind: _Nucleus, mpp0: float) -> Pixels:
-    """Return one nucleus, uint8, square with an odd side: darkness, with a rim, grains and a soft border."""
-    half = int(1.35 * kind.long_um[1] / mpp0) + 2
-    y, x = np.mgrid[-half : half + 1, -half : half + 1].astype(np.float64)
-    turn = rng.uniform(0, np.pi)
-    long, short = rng.uniform(*kind.long_um) / mpp0, rng.uniform(*kind.short_um) / mpp0
-    u, v = (x * np.cos(turn) + y * np.sin(turn)) / long, (y * np.cos(turn) - x * np.sin(turn)) / short
-    angle = np.arctan2(v, u)
-    order, phase = np.arange(2, 6), rng.uniform(0, 2 * np.pi, 4)
-    waves = rng.normal(0, kind.irregular / 2, 4)
-    border = 1 + sum(a * np.cos(n * angle + p) for a, n, p in zip(waves, order, phase, strict=True))
-    inside = np.clip((border - np.hypot(u, v)) / 0.25 + 0.5, 0, 1)
-    rim = np.clip(np.hypot(u, v) / border, 0, 1) ** 4
-    grains = 1 + 0.10 * rng.normal(size=x.shape)
-    dark = rng.uniform(*kind.dark) * (0.85 + 0.2 * rim) * grains
-    return np.asarray(np.clip(inside * dark, 0, 255), np.uint8)
 
 
 def _colours(rng: Random) -> Pixels:
@@ -433,49 +352,8 @@ def _sprinkle_dust(rng: Random, rgb: Pixels, mpp0: float) -> None:
         radius = max(1, round(rng.uniform(2, 9) / mpp0))
         x, y = int(rng.integers(radius, w - radius)), int(rng.integers(radius, h - radius))
         spot = rgb[y - radius : y + radius + 1, x - radius : x + radius + 1]
-        disk = _disk(spot.shape, (radius, radius), radius * rng.uniform(0.7, 1.0))
+        disk = disk_at(spot.shape, (radius, radius), radius * rng.uniform(0.7, 1.0))
         spot[disk] = (spot[disk] * rng.uniform(0.35, 0.7)).astype(np.uint8)
-
-
-# files
-
-
-def halved(rgb: Pixels, levels: int) -> list[Pixels]:
-    """Return `levels` pictures, each half the one before (mean of 2 x 2, sides rounded down)."""
-    out = [rgb]
-    while len(out) < levels and min(out[-1].shape[:2]) >= 2:
-        h, w = (side // 2 * 2 for side in out[-1].shape[:2])
-        out.append(np.asarray(Image.fromarray(np.ascontiguousarray(out[-1][:h, :w])).reduce(2)))
-    return out
-
-
-def write_pyramid(path: Path, levels: list[Pixels], mpp0: float, *, quality: int = 0, tile: int = 256) -> None:
-    """Write a tiled TIFF pyramid that tiffslide and OpenSlide read as generic TIFF.
-
-    `quality` 1 to 100 is JPEG, 0 is lossless (deflate). No time stamps: the same pixels
-    make the same bytes.
-    """
-    import tifffile
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    how: dict[str, Any] = {"compression": "zlib"}
-    if quality:  # with colour at half the resolution, small nuclei would be paler than large ones
-        how = {"compression": "jpeg", "compressionargs": {"level": quality}, "subsampling": (1, 1)}
-    with tifffile.TiffWriter(path) as file:
-        for number, level in enumerate(levels):
-            per_cm = 1e4 / (mpp0 * 2**number)
-            file.write(
-                level,
-                photometric="rgb",
-                tile=(tile, tile),
-                subfiletype=1 if number else 0,
-                resolution=(per_cm, per_cm),
-                resolutionunit="CENTIMETER",
-                metadata=None,
-                software=False,
-                maxworkers=1,
-                **how,
-            )
 
 
 def geojson(tumours: tuple[Tumour, ...], seed: int = 0) -> dict[str, Any]:
@@ -514,19 +392,8 @@ def write_cohort(
     folder = Path(folder)
     rows = cohort_rows(slides)
     jobs = [(str(folder), row, seed * 10_000 + n, size_px0, mpp0) for n, row in enumerate(rows)]
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    if workers == 1:
-        for job in jobs:
-            _write_row(job)
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            list(pool.map(_write_row, jobs))
-    path = folder / "cohort.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+    in_processes(_write_row, jobs, workers)
+    return write_csv(folder / "cohort.csv", rows)
 
 
 def cohort_rows(slides: int) -> list[dict[str, str]]:
@@ -575,43 +442,3 @@ def _write_row(job: tuple[str, dict[str, str], int, tuple[int, int], float]) -> 
     notes = Path(folder, row["annotation"])
     notes.parent.mkdir(parents=True, exist_ok=True)
     notes.write_text(json.dumps(geojson(truth.tumours, seed)) + "\n")
-
-
-# a slide that betrays every swapped axis
-
-
-def write_marked_slide(
-    path: str | Path,
-    *,
-    size_px0: tuple[int, int] = (1501, 2203),
-    mpp0: float = 0.5,
-    levels: int = 3,
-    tile: int = 128,
-) -> list[Pixels]:
-    """Write a lossless pyramid of odd sides in which every pixel says where it stands; return its levels.
-
-    Red and green are the low bytes of x and y in px0, blue holds the high four bits of
-    each (sides up to 4,096 px); pixel (i, j) of level k carries the mark of px0
-    (i * 2^k, j * 2^k). No two pixels of a level are alike, so neither are two tiles.
-    """
-    w, h = size_px0
-    if max(w, h) > 4096:
-        raise ConfigError(f"Marks reach to 4,096 px, not to {max(w, h):,}.")
-    x, y = np.meshgrid(np.arange(w), np.arange(h))
-    marks = np.stack([x & 255, y & 255, (x >> 8) << 4 | y >> 8], axis=2).astype(np.uint8)
-    out = [marks]
-    while len(out) < levels:
-        step = 2 ** len(out)
-        out.append(np.ascontiguousarray(marks[: h // step * step : step, : w // step * step : step]))
-    write_pyramid(Path(path), out, mpp0, tile=tile)
-    return out
-
-
-def read_marks(pixels: Pixels) -> npt.NDArray[np.int64]:
-    """Return the px0 position (x, y) that each marked pixel carries, int64, shape (..., 2).
-
-    >>> read_marks(np.array([[[1, 2, 0x34]]], np.uint8)).tolist()
-    [[[769, 1026]]]
-    """
-    red, green, blue = (pixels[..., channel].astype(np.int64) for channel in range(3))
-    return np.stack([red | (blue >> 4) << 8, green | (blue & 15) << 8], axis=-1)
