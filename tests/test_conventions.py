@@ -21,7 +21,7 @@ LAYERS = [
     ["cache"],
     ["remote"],
     ["blocks"],
-    ["identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
+    ["identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics", "membrane"],
     ["collect", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["changes"],
     ["packs", "planes", "layout", "sparse", "pipeline"],
@@ -62,7 +62,7 @@ HEAVY = {
     "tiffslide": {"slides/tiff.py"},
     "openslide": {"slides/openslide.py", "doctor.py"},
     "zarr": {"store.py", "slides/omezarr.py", "slides/guarded.py", "bucket.py"},
-    "tifffile": {"export.py", "slides/image.py", "phantoms/files.py"},
+    "tifffile": {"export.py", "slides/image.py", "phantoms/files.py", "phantoms/tem.py"},
     "imagecodecs": {"slides/image.py"},
     "matplotlib": {"report.py", "train/record.py"},
     "jinja2": {"report.py"},
@@ -70,7 +70,8 @@ HEAVY = {
     "shapely": {"export.py", "planes.py", "annotations.py", "objects.py"},
     "segmentation_models_pytorch": {"models/networks.py"},
     "tensorboardX": {"train/record.py"},
-    "sklearn": {"train/loop.py", "lesions.py"},
+    "sklearn": {"train/loop.py", "train/svm.py", "lesions.py"},
+    "skimage": {"membrane.py"},
     "defusedxml": {"annotations.py"},
 }
 

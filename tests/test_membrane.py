@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.membrane import JENSEN, Thickness, assd, boundary_f, hd95, surface_distances, thickness
-from slideflow_ray.tem import MICROSCOPES, draw_micrograph
+from slideflow_ray.phantoms.tem import MICROSCOPES, draw_micrograph
 
 
 def band(angle, width, size=(260, 300), wave=0.0):

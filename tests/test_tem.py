@@ -10,7 +10,7 @@ from scipy import ndimage
 from sklearn.cluster import KMeans
 
 from slideflow_ray.cohort import read_cohort
-from slideflow_ray.tem import CLASSES, MICROSCOPES, draw_micrograph, geojson, write_tem_cohort
+from slideflow_ray.phantoms.tem import CLASSES, MICROSCOPES, draw_micrograph, geojson, write_tem_cohort
 
 SIZE = (420, 300)
 

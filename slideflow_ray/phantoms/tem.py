@@ -7,7 +7,6 @@ patient was used: what is learnt here says nothing about tissue.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from slideflow_ray.objects import rings
+from slideflow_ray.phantoms.files import Split, in_processes, write_csv
 
 CLASSES = ("background", "membrane", "endothelium", "podocyte")
 GRANULE, NO_GRANULE = "granule", "none"
@@ -326,9 +326,6 @@ def geojson(mask: Mask, classes: tuple[str, ...] = CLASSES) -> dict[str, Any]:
     return {"type": "FeatureCollection", "features": features}
 
 
-COLUMNS = ("slide_id", "uri", "patient_id", "split", "label", "annotation", "mpp", "modality", "scanner")
-
-
 def write_tem_cohort(
     folder: str | Path,
     patients: int = 20,
@@ -337,6 +334,7 @@ def write_tem_cohort(
     nm_per_px: float = 8.0,
     seed: int = 0,
     contrast: float = 1.0,
+    workers: int = 0,
 ) -> Path:
     """Write micrographs with their truth; return cohort.csv.
 
@@ -346,52 +344,67 @@ def write_tem_cohort(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for patient in range(patients):
-        rng = np.random.default_rng([seed, patient, 7])
-        thickness = float(rng.uniform(260, 480))
-        scope = patient % len(MICROSCOPES)
-        for number in range(images):
-            count = 1 + int(rng.poisson(1.5)) if patient % 2 else 0
-            drawn = draw_micrograph(
-                (seed, patient, number), size_px, nm_per_px, count, thickness, contrast, MICROSCOPES[scope]
-            )
-            rows.append(_written(folder, drawn, patient, number, scope, _split(patient, patients)))
-    path = folder / "cohort.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+    jobs = [
+        _Job(folder, seed, patient, number, _split(patient, patients), size_px, nm_per_px, contrast)
+        for patient in range(patients)
+        for number in range(images)
+    ]
+    return write_csv(folder / "cohort.csv", in_processes(_write, jobs, workers))
 
 
-def _split(patient: int, patients: int) -> str:
+@dataclass(frozen=True)
+class _Job:
+    folder: Path
+    seed: int
+    patient: int
+    number: int
+    split: Split
+    size_px: tuple[int, int]
+    nm_per_px: float
+    contrast: float
+
+
+def _split(patient: int, patients: int) -> Split:
     """6:2:2 in blocks of ten; fewer patients keep one of each side."""
     place = patient // 2 % 5 if patients >= 10 else min(patient // 2, 2) + 2  # pairs: with granules and without
-    return ("train", "train", "train", "val", "test")[place]
+    splits: tuple[Split, ...] = ("train", "train", "train", "val", "test")
+    return splits[place]
 
 
-def _written(folder: Path, drawn: Micrograph, patient: int, number: int, scope: int, split: str) -> dict[str, Any]:
-    import tifffile
-
-    name = f"tem-{patient:03}-{number:02}"
-    per_cm = 1e7 / drawn.nm_per_px
-    tifffile.imwrite(folder / f"{name}.tif", drawn.pixels, resolution=(per_cm, per_cm), resolutionunit="CENTIMETER")
-    (folder / f"{name}.geojson").write_text(json.dumps(geojson(drawn.mask)), encoding="utf-8")
-    truth = {
-        "thickness_nm": float(drawn.thickness_nm.mean()) if drawn.thickness_nm.size else None,
-        "harmonic_nm": float(1 / (1 / drawn.thickness_nm).mean()) if drawn.thickness_nm.size else None,
-        "granules_px": drawn.granules_px.round(2).tolist(),
-    }
-    (folder / f"{name}.truth.json").write_text(json.dumps(truth) + "\n", encoding="utf-8")
+def _write(job: _Job) -> dict[str, Any]:
+    """Draw and write one micrograph of a patient; return its row of the cohort."""
+    patient = np.random.default_rng([job.seed, job.patient, 7])
+    thickness = float(patient.uniform(260, 480))
+    rng = np.random.default_rng([job.seed, job.patient, job.number, 7])
+    scope = job.patient // 2 % len(MICROSCOPES)
+    count = 1 + int(rng.poisson(1.5)) if job.patient % 2 else 0
+    at = (job.seed, job.patient, job.number)
+    drawn = draw_micrograph(at, job.size_px, job.nm_per_px, count, thickness, job.contrast, MICROSCOPES[scope])
+    name = f"tem-{job.patient:03}-{job.number:02}"
+    _write_files(job.folder / name, drawn)
     return {
         "slide_id": name,
         "uri": f"{name}.tif",
-        "patient_id": f"p{patient:03}",
-        "split": split,
+        "patient_id": f"p{job.patient:03}",
+        "split": job.split,
         "label": drawn.label,
         "annotation": f"{name}.geojson",
         "mpp": drawn.nm_per_px / 1000,
         "modality": "tem",
         "scanner": f"microscope-{scope}",
     }
+
+
+def _write_files(path: Path, drawn: Micrograph) -> None:
+    import tifffile
+
+    per_cm = 1e7 / drawn.nm_per_px
+    how: dict[str, Any] = {"resolution": (per_cm, per_cm), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(path.with_suffix(".tif"), drawn.pixels, software=False, metadata=None, **how)
+    path.with_suffix(".geojson").write_text(json.dumps(geojson(drawn.mask)), encoding="utf-8")
+    truth = {
+        "thickness_nm": float(drawn.thickness_nm.mean()) if drawn.thickness_nm.size else None,
+        "harmonic_nm": float(1 / (1 / drawn.thickness_nm).mean()) if drawn.thickness_nm.size else None,
+        "granules_px": drawn.granules_px.round(2).tolist(),
+    }
+    path.with_suffix(".truth.json").write_text(json.dumps(truth) + "\n", encoding="utf-8")
