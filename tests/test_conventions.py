@@ -21,7 +21,7 @@ LAYERS = [
     ["cache"],
     ["remote"],
     ["blocks"],
-    ["identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics"],
+    ["identity", "cohort", "splits", "slides", "tissue", "focus", "grid", "stain", "objects", "metrics", "membrane"],
     ["collect", "label_files", "annotations", "store", "profile", "prepare", "models", "tables", "lease"],
     ["changes"],
     ["packs", "planes", "layout", "sparse", "staining", "pipeline"],
@@ -65,7 +65,7 @@ HEAVY = {
     "tiffslide": {"slides/tiff.py"},
     "openslide": {"slides/openslide.py", "doctor.py"},
     "zarr": {"store.py", "slides/omezarr.py", "slides/guarded.py", "bucket.py"},
-    "tifffile": {"export.py", "slides/image.py", "phantoms/files.py"},
+    "tifffile": {"export.py", "slides/image.py", "phantoms/files.py", "phantoms/tem.py"},
     "imagecodecs": {"slides/image.py"},
     "matplotlib": {"report.py", "stainview.py", "train/record.py"},
     "jinja2": {"report.py"},
@@ -73,7 +73,8 @@ HEAVY = {
     "shapely": {"export.py", "planes.py", "annotations.py", "objects.py", "detection.py", "train/masks.py"},
     "segmentation_models_pytorch": {"models/networks.py"},
     "tensorboardX": {"train/record.py"},
-    "sklearn": {"train/loop.py", "lesions.py", "stainview.py"},
+    "sklearn": {"train/loop.py", "train/svm.py", "lesions.py", "stainview.py"},
+    "skimage": {"membrane.py", "train/pretext.py"},
     "defusedxml": {"annotations.py"},
 }
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 CARD = "bundle.json"
 WEIGHTS = "weights.safetensors"
-OURS = ("small-cnn", "se-resnet", "unet")
+OURS = ("small-cnn", "se-resnet", "unet", "skip-svm", "two-models")
 """Architectures of our own, by the name that a card gives them."""
 
 Task = Literal["classify", "multilabel", "segment", "features"]

@@ -15,6 +15,7 @@ from torch import nn
 from slideflow_ray.errors import BundleError
 from slideflow_ray.models.bundle import OURS, OURS_TO_SET, BundleCard, load_weights, read_card
 from slideflow_ray.models.seresnet import SeResNet
+from slideflow_ray.models.skip import make_skip_svm, make_two_models
 from slideflow_ray.models.unet import Unet
 
 
@@ -75,6 +76,10 @@ def _maker(architecture: str, n_classes: int, channels: int) -> Callable[..., nn
         return lambda **more: SeResNet(n_classes, channels, **more)
     if architecture == "unet":
         return lambda **more: Unet(n_classes, channels, **more)
+    if architecture == "skip-svm":
+        return lambda **more: make_skip_svm(build, n_classes, **more)
+    if architecture == "two-models":
+        return lambda **more: make_two_models(build, headless, n_classes, **more)
     if library == "torchvision" and name:
         return _torchvision(name, n_classes, channels)
     if library == "timm" and name:

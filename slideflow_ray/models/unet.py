@@ -34,14 +34,19 @@ class Unet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (n, n_classes, H, W) for input (n, channels, H, W); H and W are multiples of the stride."""
+        logits: torch.Tensor = self.head(self.decode(x)[1])
+        return logits
+
+    def decode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the deepest features (n, width * 2**levels, h, w), and the decoded ones (n, width, H, W)."""
         skips: list[torch.Tensor] = []
         for level, block in enumerate(self.down):
             x = block(F.max_pool2d(x, 2) if level else x)
             skips.append(x)
+        deep = x
         for level in reversed(range(self.levels)):
             x = self.join[level](torch.cat([skips[level], self.up[level](x)], 1))
-        logits: torch.Tensor = self.head(x)
-        return logits
+        return deep, x
 
     @property
     def stride(self) -> int:

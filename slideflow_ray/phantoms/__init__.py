@@ -2,6 +2,7 @@
 
 from slideflow_ray.phantoms.files import halved, read_marks, write_marked_slide, write_pyramid
 from slideflow_ray.phantoms.kidney import write_glomeruli, write_kidney_cohort
+from slideflow_ray.phantoms.tem import write_tem_cohort
 from slideflow_ray.phantoms.tumour import Truth, Tumour, cohort_rows, geojson, write_cohort, write_slide
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "write_marked_slide",
     "write_pyramid",
     "write_slide",
+    "write_tem_cohort",
 ]

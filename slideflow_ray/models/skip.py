@@ -1,0 +1,181 @@
+"""Frozen features of all stages of a ResNet, a support vector machine on them, and the joining of two models.
+
+Zhang and Zhang, BMC Nephrology 2023, doi 10.1186/s12882-023-03182-6, as METHODS part 000 completes their abstract. A
+machine fitted by scikit-learn becomes arrays of a network here: inference needs no scikit-learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Tensor = torch.Tensor
+STAGES = (1, 2, 3, 4)
+
+
+class Stages(nn.Module):
+    """A torchvision ResNet's stages, each pooled by its mean and its maximum: fine granules are sparse and shallow.
+
+    v_s = L2norm([GAP(layer_s) ; GMP(layer_s)]), v = concat_s v_s: 1,920 numbers of a ResNet-18, 7,680 of a ResNet-50.
+    """
+
+    def __init__(self, backbone: nn.Module, stages: Sequence[int] = STAGES) -> None:
+        super().__init__()
+        if not stages or not set(stages) <= set(STAGES) or not hasattr(backbone, "layer4"):
+            raise ValueError(f"stages are of 1 to 4 of a ResNet, got {tuple(stages)} of {type(backbone).__name__}")
+        self.backbone = backbone
+        backbone.fc = nn.Identity()
+        self.stages = tuple(sorted(set(stages)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return v, float32 (n, D), for input (n, 3, H, W)."""
+        net = self.backbone
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))  # type: ignore[operator]
+        found = []
+        for stage in STAGES[: self.stages[-1]]:
+            x = net.get_submodule(f"layer{stage}")(x)
+            if stage in self.stages:
+                maps = x.float()
+                found.append(F.normalize(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1), dim=1))
+        return torch.cat(found, 1)
+
+    @property
+    def dim(self) -> int:
+        """D, the length of v."""
+        widths = [self.backbone.get_submodule(f"layer{stage}.0") for stage in self.stages]
+        last = [[m for m in block.modules() if isinstance(m, nn.BatchNorm2d)] for block in widths]
+        return sum(2 * max(norm.num_features for norm in norms) for norms in last)
+
+
+class Machine(nn.Module):
+    """A support vector machine for two classes, its standardisation, and its calibration to probabilities.
+
+    Decision s(v) = sum_i a_i k(u_i, u) + b of standardised u, with k linear or exp(-gamma |u_i - u|^2); Platt's
+    p = 1 / (1 + exp(A s + B)) is folded into the head, whose logits are 0 and -(A s + B): their difference is the
+    margin. `support` vectors are needed by the RBF kernel only; 0 is the linear one.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    gamma: Tensor
+    vectors: Tensor
+
+    def __init__(self, dim: int, support: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+        self.register_buffer("gamma", torch.tensor(1.0))
+        self.register_buffer("vectors", torch.zeros(support, dim))
+        self.head = nn.Linear(support or dim, 2)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Return logits (n, 2) of features (n, D)."""
+        u = (v.float() - self.mean) / self.scale
+        if len(self.vectors):
+            # differences written out: by a product of matrices, digits would cancel
+            apart = torch.cdist(u, self.vectors, compute_mode="donot_use_mm_for_euclid_dist")
+            u = torch.exp(-self.gamma * apart.square())
+        logits: Tensor = self.head(u)
+        return logits
+
+
+class SkipSvm(nn.Module):
+    """Model B: features of all stages, frozen, and a support vector machine."""
+
+    def __init__(self, backbone: nn.Module, stages: Sequence[int] = STAGES, support: int = 0) -> None:
+        super().__init__()
+        self.features = Stages(backbone, stages)
+        self.machine = Machine(self.features.dim, support)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, 2) for input (n, 3, H, W)."""
+        logits: Tensor = self.machine(self.features(x))
+        return logits
+
+
+RULES = ("vote", "stack", "features")
+
+
+class TwoModels(nn.Module):
+    """Model C: a fine-tuned network and a SkipSvm, joined by one of three rules.
+
+    vote : p = w p_A + (1 - w) p_B
+    stack : logistic regression on the margins of both
+    features : a support vector machine on [what A's head is given ; v]
+    """
+
+    weight: Tensor
+
+    def __init__(self, first: nn.Module, second: SkipSvm, rule: str, trunk: nn.Module | None, support: int = 0) -> None:
+        super().__init__()
+        if rule not in RULES:
+            raise ValueError(f"rule is one of {', '.join(RULES)}, got {rule!r}")
+        self.rule = rule
+        self.second = second
+        if rule == "features":
+            if trunk is None:
+                raise ValueError("rule 'features' needs the first network without its head")
+            self.trunk = trunk
+            with torch.inference_mode():
+                more = self.trunk.eval()(torch.zeros(1, 3, 64, 64)).shape[1]
+            self.machine = Machine(more + second.features.dim, support)
+        else:
+            self.first = first
+            self.register_buffer("weight", torch.tensor(0.5))
+            self.head = nn.Linear(1 if rule == "vote" else 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (n, 2) for input (n, 3, H, W)."""
+        if self.rule == "features":
+            joined: Tensor = self.machine(torch.cat([self.trunk(x).float(), self.second.features(x)], 1))
+            return joined
+        a, b = _margin(self.first(x)), _margin(self.second(x))
+        if self.rule == "vote":
+            both = (torch.logit(self.weight * a.sigmoid() + (1 - self.weight) * b.sigmoid()))[:, None]
+        else:
+            both = torch.stack([a, b], 1)
+        logits: Tensor = self.head(both.float())
+        return logits
+
+
+def _margin(logits: Tensor) -> Tensor:
+    z = logits.double()
+    return z[:, 1] - z[:, 0]
+
+
+def make_skip_svm(
+    build: Callable[[str, Mapping[str, Any], int], nn.Module],
+    n_classes: int,
+    backbone: str = "torchvision:resnet50",
+    stages: Sequence[int] = STAGES,
+    support: int = 0,
+) -> SkipSvm:
+    """Return model B as a card describes it."""
+    _two(n_classes)
+    return SkipSvm(build(backbone, {}, 2), stages, support)
+
+
+def make_two_models(
+    build: Callable[[str, Mapping[str, Any], int], nn.Module],
+    headless: Callable[[nn.Module, int], nn.Module],
+    n_classes: int,
+    first: str = "torchvision:resnet50",
+    first_arguments: Mapping[str, Any] | None = None,
+    second: Mapping[str, Any] | None = None,
+    rule: str = "vote",
+    support: int = 0,
+) -> TwoModels:
+    """Return model C as a card describes it."""
+    _two(n_classes)
+    a = build(first, first_arguments or {}, 2)
+    b = make_skip_svm(build, 2, **dict(second or {}))
+    return TwoModels(a, b, rule, headless(a, 2) if rule == "features" else None, support)
+
+
+def _two(n_classes: int) -> None:
+    if n_classes != 2:
+        raise ValueError(f"a support vector machine tells two classes apart, not {n_classes}")
