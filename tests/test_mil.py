@@ -25,7 +25,8 @@ from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec
 from slideflow_ray.store import SlideStore, tree_digest
 from slideflow_ray.tables import read_table
-from slideflow_ray.train.mil import Bag, MilSpec, _fit, _write, train_mil
+from slideflow_ray.train.mil import Bag, MilSpec, _fit, train_mil
+from slideflow_ray.train.record import write_folder
 
 D = 12
 
@@ -136,7 +137,7 @@ def test_a_slide_whose_answer_is_not_finite_leaves_nothing_behind(tmp_path):
 
 
 def test_a_bundle_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
-    _write(tmp_path / "b", {"mil.json": b"old"})
+    write_folder(tmp_path / "b", {"mil.json": b"old"})
     plain = os.rename
 
     def full(source, target):
@@ -146,7 +147,7 @@ def test_a_bundle_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "rename", full)
     with pytest.raises(OSError, match="no space"):
-        _write(tmp_path / "b", {"mil.json": b"new"})
+        write_folder(tmp_path / "b", {"mil.json": b"new"})
     assert (tmp_path / "b/mil.json").read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 

@@ -141,6 +141,68 @@ def _finish_training(
     typer.echo(result.summary())
 
 
+class MethodName(StrEnum):
+    """What is learnt without labels."""
+
+    usregcon = "usregcon"
+    simclr = "simclr"
+    pixcontrast = "pixcontrast"
+    detcon = "detcon"
+
+
+@commands.command()
+def pretrain(
+    context: typer.Context,
+    target: Annotated[Path | None, typer.Argument(help="pretrain.toml; or give --cohort and --out.")] = None,
+    cohort: Annotated[Path | None, typer.Option(help="cohort.csv; labels are not read, split test is not.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for weights and record.")] = None,
+    method: Annotated[MethodName, typer.Option(help="usregcon, or one to compare it with.")] = MethodName.usregcon,
+    architecture: Annotated[str, typer.Option(help="unet or smp:NAME.")] = "unet",
+    tile_px: Annotated[int, typer.Option(min=32, help="Tile size in pixels at --mpp.")] = 256,
+    mpp: Annotated[float, typer.Option(help="um per pixel of the tiles: 0.008 is 8 nm.")] = 0.008,
+    epochs: Annotated[int, typer.Option(min=1)] = 100,
+    batch_size: Annotated[int, typer.Option(min=2, help="Tiles of a step, of all workers together.")] = 32,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    executor: Annotated[ExecutorName, typer.Option(help="inline: this process; ray: Ray Train.")] = ExecutorName.inline,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else a local Ray.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="With ray; 0: one each GPU, else one each core but one.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pre-train a segmentation network on tiles without labels; `train` begins with its weights.
+
+    Run again after an interruption: it goes on from its last checkpoint. Then: fit.weights = "OUT/weights.safetensors".
+    """
+    from slideflow_ray.progress import to_stderr
+    from slideflow_ray.train.job import train as train_
+    from slideflow_ray.train.spec import as_pretraining, load_pretrain, read_job
+
+    given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+    if target is not None:
+        if beside := sorted(given - {"target", "overwrite", "as_json"}):
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in beside)
+            raise ConfigError(f"{target} says everything; {options} beside it would be ignored.")
+        values = load_pretrain(target)
+    else:
+        if cohort is None or out is None:
+            raise ConfigError("Give pretrain.toml, or --cohort and --out.", next_step="slideflow-ray pretrain -h")
+        fit = {"architecture": architecture, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+        values = as_pretraining(
+            {
+                "cohort": str(cohort.absolute()),
+                "out": str(out.absolute()),
+                "work": str(out.with_name(out.name + ".work").absolute()),
+                "tile": {"tile_px": tile_px, "mpp": mpp},
+                "fit": {**fit, "pretext": {"method": method.value}},
+                "crew": {"kind": executor.value, "address": address, "workers": workers},
+            }
+        )
+    job, _ = read_job({**values, **({"overwrite": True} if overwrite else {})}, str(target or "options"))
+    result = train_(job, to_stderr())
+    typer.echo(json.dumps(result.to_json()) if as_json else result.summary())
+
+
 mil = typer.Typer(help="Slide classifiers on stored features, from slide labels alone.", no_args_is_help=True)
 
 

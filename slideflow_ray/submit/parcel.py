@@ -53,6 +53,7 @@ KINDS = {
     "evaluate": Kind("evaluate.py", settings=False, report=True),
     "nightly": Kind("nightly.py", repeats=True),
     "retrain": Kind("retrain.py"),
+    "pretrain": Kind("pretrain.py"),
 }
 
 
@@ -268,11 +269,19 @@ def _placed_train(values: dict[str, Any], pack: Packing) -> None:
     values["cohort"] = pack.cohort(values["cohort"])
 
 
+def _placed_pretraining(values: dict[str, Any], pack: Packing) -> None:
+    from slideflow_ray.train.spec import as_pretraining
+
+    values |= as_pretraining(values)
+    _placed_train(values, pack)
+
+
 PLACED: dict[str, Callable[[dict[str, Any], Packing], None]] = {
     "score": _placed_run,
     "tile": _placed_run,
     "nightly": _placed_nightly,
     "retrain": _placed_train,
+    "pretrain": _placed_pretraining,
 }
 
 

@@ -125,6 +125,7 @@ def result_json(result: EpochResult) -> dict[str, Any]:
     flat = {key: getattr(result, key) for key in ("epoch", "train_loss", "train_accuracy", "lr", "tiles", "seconds")}
     if result.val:
         flat |= {f"val_{key}": value for key, value in result.val.said().items()}
+    flat |= {"parts": dict(result.parts)} if result.parts else {}
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in flat.items()}
 
 
@@ -140,6 +141,7 @@ def result_of(values: Mapping[str, Any]) -> EpochResult:
         known["train_accuracy"],
         known["tiles"],
         known["seconds"],
+        known.get("parts", {}),
     )
 
 

@@ -17,7 +17,7 @@ from slideflow_ray.annotations import slide_labels
 from slideflow_ray.cohort import Item, check_splits, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import EpochTrained, Listener, Noted, silent
-from slideflow_ray.models.bundle import BundleCard, write_bundle
+from slideflow_ray.models.bundle import WEIGHTS, BundleCard, write_bundle
 from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec, TileSpec, digest
@@ -38,7 +38,8 @@ from slideflow_ray.train.images import (
 )
 from slideflow_ray.train.loop import EpochResult, Trained, fit
 from slideflow_ray.train.masks import areas_of, mask_slide, shown_by
-from slideflow_ray.train.record import RECORD, Diary, beside, data_record, training_record, versions
+from slideflow_ray.train.pretrain import alarm_of, kept
+from slideflow_ray.train.record import RECORD, Diary, beside, data_record, training_record, versions, write_folder
 from slideflow_ray.train.sample import Mined, balanced, boxes_px0, mine, thin
 from slideflow_ray.train.spec import CrewSpec, TrainJob, TrainSpec
 from slideflow_ray.train.tiles import ChunkTiles, LabelledChunk, class_indices
@@ -146,6 +147,8 @@ def check_out(job: TrainJob) -> None:
 def card_of(job: TrainJob, targets: Targets | None = None) -> BundleCard:
     """Return the card of the bundle that a job writes, with the targets of `prepare`. Raises ConfigError."""
     job = settled(job)
+    if job.task == "pretrain":  # never written: a pre-trained network has no classes, and its card no meaning yet
+        job = settled(job.model_copy(update={"task": "segment", "classes": ("background", "object")}))
     return BundleCard.parse(
         {
             "name": Path(job.out).name,
@@ -239,12 +242,23 @@ class _Training:
             **self.record,
         )
         files = beside(trained, record)
+        if self.job.task == "pretrain":
+            return self._keep_weights(trained, files)
         card = with_seam(self.card, trained.state_dict, self._example()) if self.card.seam else self.card
         write_bundle(Path(self.job.out), card, trained.state_dict, overwrite=self.job.overwrite, beside=files)
         for checkpoint in self.folder.glob("epoch-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
         result = TrainResult(Path(self.job.out), trained.history, trained.best_epoch, self.tiles())
         return replace(result, leaking=self.data.leaking)
+
+    def _keep_weights(self, trained: Trained, files: Mapping[str, bytes]) -> TrainResult:
+        """Write what a pre-training leaves: weights to begin with, without a card, and its record."""
+        from safetensors.torch import save
+
+        write_folder(Path(self.job.out), {WEIGHTS: save(kept(trained.state_dict)), **files})
+        for checkpoint in self.folder.glob("epoch-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        return TrainResult(Path(self.job.out), trained.history, trained.best_epoch, self.tiles())
 
     def _example(self) -> Any:
         """A tile to measure seams on: one of val, or of train where that has none."""
@@ -298,6 +312,8 @@ def _told(diary: Diary, spec: TrainSpec, listen: Listener) -> Any:
     def tell(result: EpochResult) -> None:
         diary.add(result)
         listen(_event(result, spec.epochs))
+        if alarm := alarm_of(result.parts):
+            listen(Noted(f"Epoch {result.epoch + 1}: {alarm}"))
 
     return tell
 
@@ -340,6 +356,8 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
     """
     job = settled(job)
     everyone = _split(job, listen)
+    if job.task == "pretrain" and not any(item.split for item in everyone):
+        everyone = [item.model_copy(update={"split": "train"}) for item in everyone]
     items = [item for item in everyone if item.split in ("train", "val")]
     if not any(item.split == "train" for item in items):
         raise ConfigError(
@@ -409,8 +427,11 @@ def _labelled(
             if job.task == "segment":
                 found += _masked(job, store, grid, item, stains[item.stain or ""])
                 continue
-            known = slide_labels(store, grid, item, job.classes, job.labels, job.task)
-            labels = known if job.task == "multilabel" else class_indices(known)
+            if job.task == "pretrain":
+                labels: Any = np.zeros(len(store.read(f"grids/{grid}/item")), np.int64)
+            else:
+                known = slide_labels(store, grid, item, job.classes, job.labels, job.task)
+                labels = known if job.task == "multilabel" else class_indices(known)
             if item.split == "train" and job.sample.stride:
                 labels = thin(
                     labels.astype(np.int64), store.read(f"grids/{grid}/rowcol"), job.classes, job.sample.stride

@@ -31,12 +31,14 @@ from slideflow_ray.train.augment import seed_of
 from slideflow_ray.train.crew import ALONE, Crew
 from slideflow_ray.train.freeze import drop_before_head, freeze, trainable
 from slideflow_ray.train.masks import areas_of
+from slideflow_ray.train.pretrain import PretextNet, mean_parts, on_device, said_of, shown, views_of
 from slideflow_ray.train.spec import TrainSpec
 from slideflow_ray.train.tiles import LabelledSource, TileSource
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[Any]
 State = dict[str, torch.Tensor]
+_NO_LABELS = np.ones((2, 1), np.int64)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class EpochResult:
     """What one epoch did; epochs count from 0, `lr` is that of its last step, `val` is None without a val source.
 
     `train_accuracy` is of the tiles as they were shown, augmented and while the network learnt; `tiles` were shown in
-    `seconds`, by all workers together.
+    `seconds`, by all workers together. `parts` are of a pre-training: parts of the loss, and how its regions stand.
     """
 
     epoch: int
@@ -71,6 +73,7 @@ class EpochResult:
     train_accuracy: float = math.nan
     tiles: int = 0
     seconds: float = field(default=0.0, compare=False)
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def fit(
     the card, NanScore when the loss is no number any more.
     """
     with reproducible(spec.seed, spec.threads):
-        trainer = new_trainer(card, spec, count_labels(card, train, spec), start, crew)
+        counts = _NO_LABELS if spec.pretext else count_labels(card, train, spec)
+        trainer = new_trainer(card, spec, counts, start, crew)
         if saved:
             resume(trainer, saved)
         history = list(saved.history if saved else ())
@@ -194,7 +198,12 @@ def new_trainer(
         net = build(card.architecture, card.arguments, card.n_classes, card.channels)
     if start is not None:
         _begin_with(net, start, card)
-    drop_before_head(net, card.n_classes, spec.dropout)
+    if spec.pretext:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(spec.seed, 0, "pretext"))
+            net = PretextNet(net, spec.pretext, card.n_classes, card.channels)
+    else:
+        drop_before_head(net, card.n_classes, spec.dropout)
     net.to(device).to(memory_format=torch.channels_last)
     weights = _class_weights(card, spec, counts)
     if weights is not None:
@@ -205,10 +214,15 @@ def new_trainer(
 def run_epoch(trainer: Trainer, train: TileSource, val: TileSource | None, epoch: int) -> EpochResult:
     """Train one epoch, validate, and return the result: the unit that is repeated after a fault."""
     began = time.monotonic()
-    found, accuracy, tiles = train_epoch(trainer, train, epoch)
+    parts: dict[str, float] = {}
+    if trainer.spec.pretext:
+        found, parts, tiles = pretext_epoch(trainer, train, epoch)
+        accuracy = math.nan
+    else:
+        found, accuracy, tiles = train_epoch(trainer, train, epoch)
     seconds = time.monotonic() - began
     lr = trainer.optimiser.param_groups[0]["lr"]
-    return EpochResult(epoch, found, lr, validate(trainer, val) if val else None, accuracy, tiles, seconds)
+    return EpochResult(epoch, found, lr, validate(trainer, val) if val else None, accuracy, tiles, seconds, parts)
 
 
 def train_epoch(trainer: Trainer, source: TileSource, epoch: int) -> tuple[float, float, int]:
@@ -236,6 +250,49 @@ def train_epoch(trainer: Trainer, source: TileSource, epoch: int) -> tuple[float
     _check_loss(losses, epoch)
     crew.agree(trainer.net)
     return losses / tiles, right / tiles, int(tiles)
+
+
+def pretext_epoch(trainer: Trainer, source: TileSource, epoch: int) -> tuple[float, dict[str, float], int]:
+    """Run one epoch of pre-training; return the mean loss per tile, its parts, and the tiles shown.
+
+    Views are drawn by seed, epoch, step and worker. Raises NanScore when the loss is not finite.
+    """
+    spec, crew = trainer.spec, trainer.crew
+    steps = max(1, math.ceil(len(source) / spec.batch_size))
+    trainer.net.train()
+    net = crew.wrap(trainer.net)
+    told: list[tuple[int, dict[str, float]]] = []
+    for step, (pixels, _) in enumerate(crew.batches(source, spec, epoch)):
+        if len(pixels) < 2:
+            continue
+        set_lr(trainer.optimiser, learning_rate(spec, epoch, min(step / steps, 1.0)))
+        trainer.optimiser.zero_grad(set_to_none=True)
+        value, parts = _pretext(trainer, net, pixels, seed_of(spec.seed, epoch, crew.stream(f"views {step}")))
+        value.backward()  # type: ignore[no-untyped-call]
+        if spec.clip:
+            torch.nn.utils.clip_grad_norm_(trainable(trainer.net), spec.clip)
+        trainer.optimiser.step()
+        told.append((len(pixels), {"loss": float(value.detach()), **parts}))
+    everyone = [part for several in crew.gather(told) for part in several]
+    if not everyone:
+        raise ConfigError("The training split has fewer than two tiles.")
+    mean = mean_parts(everyone)
+    _check_loss(mean["loss"], epoch)
+    crew.agree(trainer.net)
+    return mean.pop("loss"), mean, sum(n for n, _ in everyone)
+
+
+def _pretext(trainer: Trainer, net: nn.Module, pixels: Pixels, seed: int) -> tuple[torch.Tensor, dict[str, float]]:
+    """Return the loss of a batch's two views, in fp32 but for the network itself, and what is said of it."""
+    pretext = trainer.spec.pretext
+    if pretext is None:
+        raise ConfigError("This training has no pretext.")
+    views = views_of(pixels, pretext, seed)
+    one, two = shown(views, trainer.card.mean, trainer.card.std, trainer.device)
+    with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.bf16), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        told = net(one, two, on_device(views, trainer.device))
+    return told.loss, said_of(told)
 
 
 def _step(trainer: Trainer, net: nn.Module, pixels: Pixels, labels: Labels) -> tuple[float, float]:
@@ -281,6 +338,8 @@ def _outputs(outputs: Any) -> Iterator[tuple[float, torch.Tensor]]:
 
 def validate(trainer: Trainer, source: TileSource) -> Validation:
     """Return loss, accuracy and AUC (or Dice) of a source, unaugmented, with the training's own criterion."""
+    if trainer.spec.pretext:
+        return _validate_pretext(trainer, source)
     if trainer.card.task == "segment":
         return _validate_masks(trainer, source)
     losses = 0.0
@@ -303,6 +362,20 @@ def validate(trainer: Trainer, source: TileSource) -> Validation:
     if not math.isfinite(losses):
         raise NanScore(f"The validation loss is {losses}.", next_step="Train with a lower lr.")
     return Validation(losses / len(rows[1]), *_quality(trainer.card, *rows))
+
+
+def _validate_pretext(trainer: Trainer, source: TileSource) -> Validation:
+    """Return the loss on tiles that are not trained on, each time on the same views."""
+    spec, sums = trainer.spec, np.zeros(2)
+    trainer.net.eval()
+    with torch.inference_mode():
+        for step, (pixels, *_) in enumerate(trainer.crew.mine(source).batches(0, spec.batch_size, spec.seed)):
+            value, _ = _pretext(trainer, trainer.net, pixels, seed_of(spec.seed, 0, f"views of val {step}"))
+            sums += [float(value) * len(pixels), len(pixels)]
+    losses, tiles = trainer.crew.total(sums)
+    if not math.isfinite(losses):
+        raise NanScore(f"The validation loss is {losses}.", next_step="Train with a lower lr.")
+    return Validation(losses / tiles, math.nan, math.nan)
 
 
 def _validate_masks(trainer: Trainer, source: TileSource) -> Validation:
@@ -382,14 +455,16 @@ def learning_rate(spec: TrainSpec, epoch: int, within: float = 0.0) -> float:
 
     cosine falls to 0 (Loshchilov and Hutter 2017); onecycle climbs from lr/25 over the first 30 % and falls to
     lr/250,000, both as cosines (Smith 2018); multistep is lr * gamma ** (milestones reached). Epochs that train the
-    head alone have its own rate.
+    head alone have its own rate; in `warmup` epochs the rate climbs from 0.
 
     >>> [round(learning_rate(TrainSpec(lr=1, epochs=4), epoch), 3) for epoch in range(4)]
     [1.0, 0.854, 0.5, 0.146]
     """
     if epoch < spec.head_epochs:
         return spec.head_lr
-    done = (epoch + within) / spec.epochs
+    if epoch < spec.warmup:
+        return spec.lr * (epoch + within) / spec.warmup
+    done = (epoch - spec.warmup + within) / max(1, spec.epochs - spec.warmup)
     if spec.schedule == "multistep":
         return spec.lr * float(spec.gamma ** bisect_right(sorted(spec.milestones), epoch))
     if spec.schedule == "cosine":
@@ -455,7 +530,7 @@ def _class_weights(card: BundleCard, spec: TrainSpec, counts: npt.NDArray[np.int
 
     Balanced sampling has made the classes equal already.
     """
-    if spec.class_weights == "none" or spec.sampling == "balanced":
+    if spec.pretext or spec.class_weights == "none" or spec.sampling == "balanced":
         return None
     have, lack = counts
     weights = have.sum() / (card.n_classes * have) if card.task != "multilabel" else np.maximum(lack, 1) / have

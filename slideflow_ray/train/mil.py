@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +26,7 @@ from slideflow_ray.specs import Positive, Spec, digest
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train.augment import seed_of
 from slideflow_ray.train.loop import reproducible
-from slideflow_ray.train.record import RECORD, versions
+from slideflow_ray.train.record import RECORD, versions, write_folder
 
 Features = npt.NDArray[np.float16]
 TWO = "Name the labels of the cohort, the background first: --classes normal,tumor."
@@ -177,7 +174,7 @@ def train_mil(
     left = sum(bag.label < 0 for bag in labelled)
     notes = (f"{left} slides without a label of {', '.join(classes)} were left out.",) if left else ()
     record = _record(card, spec, sides, history, best)
-    _write(out, {**mil_files(card, state), RECORD: storage.to_json(record)})
+    write_folder(out, {**mil_files(card, state), RECORD: storage.to_json(record)})
     return MilTrained(out, best, tuple(history), {split: len(several) for split, several in sides.items()}, notes)
 
 
@@ -317,24 +314,3 @@ def _record(
         "best_epoch": best,
         "epochs": list(history),
     }
-
-
-def _write(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write a bundle as a whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        new = scratch / "new"
-        new.mkdir()
-        for name, data in files.items():
-            (new / name).write_bytes(data)
-        if out.exists():
-            os.rename(out, scratch / "old")
-        try:
-            os.rename(new, out)
-        except OSError:
-            if (scratch / "old").exists():  # the scratch folder goes: what stood here comes back first
-                os.rename(scratch / "old", out)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

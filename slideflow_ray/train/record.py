@@ -6,6 +6,9 @@ import importlib.metadata
 import io
 import json
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +107,7 @@ def scalars(result: EpochResult) -> dict[str, float]:
     if result.val:
         found |= {"loss/val": result.val.loss, "accuracy/val": result.val.accuracy, "auc/val": result.val.auc}
         found |= {"dice/val": result.val.dice} if result.val.dice is not None else {}
+    found |= {f"pretext/{name}": value for name, value in result.parts.items()}
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
@@ -157,3 +161,24 @@ def draw_curves(trained: Trained, warning: str = "") -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
+
+
+def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a folder, in place of what stood there, as a whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        new = scratch / "new"
+        new.mkdir()
+        for name, data in files.items():
+            (new / name).write_bytes(data)
+        if out.exists():
+            os.rename(out, scratch / "old")
+        try:
+            os.rename(new, out)
+        except OSError:
+            if (scratch / "old").exists():  # the scratch folder goes: what stood here comes back first
+                os.rename(scratch / "old", out)
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

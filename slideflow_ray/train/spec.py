@@ -69,6 +69,29 @@ class AugmentSpec(Spec):
 NO_AUGMENTATION = AugmentSpec.model_validate(dict.fromkeys(AugmentSpec.model_fields, 0))
 
 
+class PretextSpec(Spec):
+    """What a network learns without labels (METHODS part 002), and how the two views of a tile may differ in tone.
+
+    method : "usregcon" (regions found by the network), or to compare with "simclr" (whole tiles), "pixcontrast"
+        (pixels), "detcon" (regions of a classical segmentation)
+    regions : K, prototypes; grey, semantic, consistency : alpha, beta and eta of the joint loss; between : lambda_b
+    negatives : whether regions of one index in different tiles repel each other ("all") or not ("masked")
+    gamma, contrast : bounds; noise : largest deviation, as a share of 255; blur : largest sigma in px
+    """
+
+    method: Literal["usregcon", "simclr", "pixcontrast", "detcon"] = "usregcon"
+    regions: Annotated[int, Field(ge=2, le=256)] = 8
+    grey: NotNegative = 1.0
+    semantic: NotNegative = 1.0
+    consistency: NotNegative = 0.5
+    between: NotNegative = 1.0
+    negatives: Literal["masked", "all"] = "masked"
+    gamma: tuple[Positive, Positive] = (0.7, 1.4)
+    contrast: tuple[Positive, Positive] = (0.8, 1.2)
+    noise: NotNegative = 0.05
+    blur: NotNegative = 1.0
+
+
 class TrainSpec(Spec):
     """How a network is trained.
 
@@ -80,6 +103,8 @@ class TrainSpec(Spec):
     ends. `clip` bounds the gradient's norm. `device` "auto" takes a GPU where there is one;
     `threads` 0 leaves torch's choice. `precision` "auto" is bf16 autocast where the hardware has bf16 (ResNet-18
     trains 2.3 to 3.6 times as fast on such a CPU), else fp32; weights and optimiser stay in fp32 either way.
+    `warmup`: epochs in which the rate climbs from 0 in a straight line. `pretext`: what is learnt without labels, for
+    task "pretrain".
     """
 
     architecture: str = "small-cnn"
@@ -109,6 +134,8 @@ class TrainSpec(Spec):
     threads: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "auto"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    pretext: PretextSpec | None = None
 
     @field_validator("augment", mode="before")
     @classmethod
@@ -188,8 +215,8 @@ class TrainJob(Spec):
     cohort: str
     out: str
     work: str
-    classes: tuple[str, ...]
-    task: Literal["classify", "multilabel", "segment"] = "classify"
+    classes: tuple[str, ...] = ()
+    task: Literal["classify", "multilabel", "segment", "pretrain"] = "classify"
     tile: TileSpec | None = None
     whole: WholeSpec | None = None
     fit: TrainSpec = TrainSpec()
@@ -230,6 +257,22 @@ class TrainJob(Spec):
             raise ValueError("mixup mixes whole tiles, and a pixel of two tiles has no single class")
         if self.task == "multilabel" and (self.fit.sampling == "balanced" or self.sample.stride or self.sample.mine):
             raise ValueError('sampling = "balanced", sample.stride and sample.mine need one class for each tile')
+        return self
+
+    @model_validator(mode="after")
+    def _labels_or_none(self) -> TrainJob:
+        if (self.task == "pretrain") != (self.fit.pretext is not None):
+            raise ValueError('task = "pretrain" and [fit.pretext] belong together')
+        if self.task != "pretrain":
+            if not self.classes:
+                raise ValueError("give classes, the background first")
+            return self
+        if self.classes or self.sample != SampleSpec() or self.tile is None or self.fit.sampling == "balanced":
+            raise ValueError("pre-training reads tiles without labels: no classes, sample, whole or balanced sampling")
+        if self.fit.architecture != "unet" and not self.fit.architecture.startswith("smp:"):
+            raise ValueError(f'{self.fit.architecture} decodes nothing; pre-training is for "unet" or "smp:NAME"')
+        if not self.fit.augment.changes_nothing:
+            raise ValueError("pre-training draws its own views; set fit.augment = false")
         return self
 
     @model_validator(mode="after")
@@ -383,6 +426,22 @@ def load_train(path: Path) -> dict[str, Any]:
     if "out" in values:
         values.setdefault("work", f"{values['out']}.work")
     return values
+
+
+def as_pretraining(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values for a `TrainJob` that learns without labels: what METHODS part 002 says, unless they say else."""
+    given = dict(values)
+    base = {"schedule": "cosine", "warmup": 5, "lr": 1e-3, "weight_decay": 1e-4, "epochs": 100, "augment": False}
+    fit = {"architecture": "unet", "pretext": {}, **base, **given.get("fit", {})}
+    fit["warmup"] = (
+        min(fit["warmup"], max(0, fit["epochs"] - 1)) if "warmup" not in given.get("fit", {}) else fit["warmup"]
+    )
+    return {**given, "task": "pretrain", "fit": fit}
+
+
+def load_pretrain(path: Path) -> dict[str, Any]:
+    """Read pretrain.toml as values for a `TrainJob` that learns without labels. Raises ConfigError as `load_train`."""
+    return as_pretraining(load_train(path))
 
 
 def read_job(values: Mapping[str, Any], where: str) -> tuple[TrainJob, dict[str, Any] | None]:
