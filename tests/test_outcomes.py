@@ -172,7 +172,7 @@ def nan_bundle(bundles, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["inline", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.mark.parametrize("kind", ["inline", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.soak])])
 def test_a_model_that_gives_nan_fails_its_slides_and_leaves_no_hole(
     kind, marked, bundles, nan_bundle, reference, tmp_path, capsys, request
 ):

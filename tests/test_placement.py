@@ -159,6 +159,7 @@ def values(folder: Path, bundles: dict[str, Path], out: Path, **executor: object
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_shares_of_a_gpu_and_fewer_places_than_workers(marked, bundles, tmp_path, local_ray):
     run(RunSpec.parse(values(marked, bundles, tmp_path / "inline"), "test"))
     from ray.util import placement_group_table

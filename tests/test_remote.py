@@ -469,7 +469,7 @@ def test_what_a_killed_process_was_fetching_is_swept_and_a_living_one_s_is_count
         pass
 
 
-@pytest.mark.parametrize("how", ["sparse", "dense"])
+@pytest.mark.parametrize("how", ["sparse", pytest.param("dense", marks=pytest.mark.soak)])
 def test_both_ways_of_reading_give_the_bytes_of_the_local_run(how, faults, noisy, bundles, tmp_path):
     run_of(str(noisy / f"{how}.csv"), str(bundles["aligned"]), str(tmp_path / "out"))
     cohort = uploaded(noisy, f"noisy-{how}")
@@ -493,6 +493,7 @@ def test_both_ways_of_reading_give_the_bytes_of_the_local_run(how, faults, noisy
     assert sum(sizes) < size / 2 if how == "sparse" else sum(sizes) >= size  # opened again, from nothing
 
 
+@pytest.mark.soak
 def test_under_ray_slides_and_results_in_a_bucket_give_the_arrays_of_the_local_run(
     faults, marked, bundles, tmp_path, request
 ):
@@ -527,6 +528,7 @@ def test_under_ray_slides_and_results_in_a_bucket_give_the_arrays_of_the_local_r
     assert [path for path in logs if SECRET in path.read_text(errors="replace")] == []
 
 
+@pytest.mark.soak
 def test_answers_and_exports_of_a_run_in_a_bucket_are_those_on_disk(faults, tmp_path):
     rng = np.random.default_rng(0)
     drawn = [

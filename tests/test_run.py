@@ -67,7 +67,9 @@ def test_inline_gives_the_same_bytes_with_any_number_of_workers(workers, marked,
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize(
+    "workers", [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(4, marks=pytest.mark.soak)]
+)
 def test_ray_on_cores_gives_the_same_bytes(workers, marked, bundles, reference, tmp_path, local_ray):
     made = spec(
         marked, bundles, tmp_path / "out", executor={"kind": "ray", "workers": workers}, compute={"device": "cpu"}
@@ -296,7 +298,7 @@ def wait_for_chunks(out: Path, n: int, process: subprocess.Popen[bytes]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunks", [1, 12])
+@pytest.mark.parametrize("chunks", [pytest.param(1, marks=pytest.mark.soak), 12])
 def test_a_killed_run_resumes_at_the_chunk_and_ends_with_the_same_bytes(chunks, marked, bundles, reference, tmp_path):
     out = tmp_path / "out"
     made = spec(marked, bundles, out, executor={"kind": "inline", "workers": 2})
@@ -344,7 +346,7 @@ def test_a_reader_that_is_killed_is_replaced_and_nothing_is_lost(marked, bundles
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("moment", [SlidePlanned, ChunkScored])
+@pytest.mark.parametrize("moment", [pytest.param(SlidePlanned, marks=pytest.mark.soak), ChunkScored])
 def test_an_actor_that_is_killed_is_replaced_and_nothing_is_lost(
     moment, marked, bundles, reference, tmp_path, local_ray
 ):

@@ -291,6 +291,7 @@ def test_three_models_on_two_pretended_gpus_overlap_and_give_the_same_bytes(made
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_models_on_gpus_of_their_own_give_the_same_bytes(made, reference, tmp_path, local_ray):
     out = tmp_path / "out"
     executor = {"kind": "ray", "readers_per_gpu": 2, "models": "apart"}

@@ -106,7 +106,7 @@ def test_a_batch_that_the_workers_cannot_share_is_refused_before_they_start(loca
         train(job(cohort, tmp_path / "o", work, "ray", batch_size=17))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_driver_that_is_killed_goes_on_where_it_was(cohort, work, tmp_path):
     """One process: killed by the system in its second epoch, started again, against one that ran through."""
     undisturbed = train(job(cohort, tmp_path / "a", work, "inline", epochs=4)).bundle

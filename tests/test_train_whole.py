@@ -338,7 +338,7 @@ threads = 1
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.soak
 def test_settings_are_searched_on_whole_images(local_ray, few, tmp_path):
     spec = SearchSpec(lr=(1e-6, 1e-2), freeze=(0.0, 100.0), epochs=1)
     result, found = search(job_of(few, tmp_path, fit={"epochs": 1}), spec)
