@@ -57,7 +57,7 @@ class Paints:
 
 PAINTS: Final[dict[Stain, Paints]] = {
     "he": Paints(cytoplasm=0.40, matrix=0.54, wall=0.60, membrane=0.62, stroma=0.40, brush=0.50, muscle=0.62),
-    "pas": Paints(cytoplasm=0.31, matrix=0.51, wall=0.57, membrane=0.82, stroma=0.27, brush=0.60, muscle=0.33),
+    "pas": Paints(cytoplasm=0.38, matrix=0.53, wall=0.59, membrane=0.72, stroma=0.27, brush=0.60, muscle=0.33),
 }
 
 
@@ -213,7 +213,7 @@ def _stain(rng: Random, ground: _Ground, tissue: _Tissue, stain: Stain, nuclei: 
     paints = _varied(rng, PAINTS[stain])
     loops = ground.noise(rng, 9.5)
     open_ = tissue.tuft & ~tissue.segment & ~tissue.stalk
-    white = rng.uniform(0.30, 0.40)
+    white = rng.uniform(0.27, 0.42)
     threshold = _threshold(white, ground, tissue, loops, open_ & ~nuclei, nuclei)
     lumen = np.clip((loops - threshold) / 0.25 + 0.5, 0, 1)
     wall = np.exp(-(((loops - threshold + 0.25) / 0.28) ** 2))
@@ -232,10 +232,9 @@ def _stain(rng: Random, ground: _Ground, tissue: _Tissue, stain: Stain, nuclei: 
 
 def _varied(rng: Random, paints: Paints) -> Paints:
     """Return paints as one glomerulus takes them, so that no amount is that of a kind."""
-    cytoplasm, matrix, wall = rng.uniform((0.75, 0.75, 0.75), (1.3, 1.2, 1.35))
-    return replace(
-        paints, cytoplasm=paints.cytoplasm * cytoplasm, matrix=paints.matrix * matrix, wall=paints.wall * wall
-    )
+    names = ("cytoplasm", "matrix", "wall", "membrane")
+    factors = rng.uniform((0.75, 0.75, 0.75, 0.75), (1.3, 1.2, 1.35, 1.15)).tolist()
+    return replace(paints, **{name: getattr(paints, name) * by for name, by in zip(names, factors, strict=True)})
 
 
 def _threshold(white: float, ground: _Ground, tissue: _Tissue, loops: Plane, open_: Mask, nuclei: Mask) -> float:
