@@ -30,8 +30,8 @@ def _inline(value: Any) -> str:
     return json.dumps(value)
 
 
-def write_segmentation(folder: Path, cohort: Path, tile_px: int, **fit: Any) -> Path:
-    """Write glomeruli.toml, a training of a small U-Net at 2 um per pixel; every kind is a glomerulus."""
+def write_segmentation(folder: Path, cohort: Path, tile_px: int, mpp: float = 2.0, **fit: Any) -> Path:
+    """Write glomeruli.toml, a training of a small U-Net; every kind is a glomerulus."""
     network = {"architecture": "unet", "arguments": {"levels": 3, "width": 8}, "class_weights": "none"}
     values = {
         "cohort": str(cohort),
@@ -39,7 +39,7 @@ def write_segmentation(folder: Path, cohort: Path, tile_px: int, **fit: Any) -> 
         "classes": ["background", "glomerulus"],
         "task": "segment",
         "stain": "vahadane",
-        "tile": {"tile_px": tile_px, "mpp": 2.0},
+        "tile": {"tile_px": tile_px, "mpp": mpp},
         "labels": {"names": dict.fromkeys(KINDS, "glomerulus")},
         "fit": network | fit,
     }
