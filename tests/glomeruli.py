@@ -13,6 +13,15 @@ from slideflow_ray.tables import read_table
 KINDS = ["Normal", "MsPGN", "FSG", "CGN"]
 
 
+def only(cohort: Path, *splits: str) -> Path:
+    """Write a cohort of some splits beside the whole one."""
+    head, *rows = cohort.read_text().splitlines()
+    place = head.split(",").index("split")
+    path = cohort.with_name(f"{'_'.join(splits)}.csv")
+    path.write_text("\n".join([head, *(row for row in rows if row.split(",")[place] in splits)]) + "\n")
+    return path
+
+
 def toml(values: Mapping[str, Any]) -> str:
     """Settings as TOML; tables within tables are inline, lists of tables are arrays of tables."""
     lines = []
@@ -30,7 +39,7 @@ def _inline(value: Any) -> str:
     return json.dumps(value)
 
 
-def write_segmentation(folder: Path, cohort: Path, tile_px: int, mpp: float = 2.0, **fit: Any) -> Path:
+def write_segmentation(folder: Path, cohort: Path, tile: Mapping[str, Any], **fit: Any) -> Path:
     """Write glomeruli.toml, a training of a small U-Net; every kind is a glomerulus."""
     network = {"architecture": "unet", "arguments": {"levels": 3, "width": 8}, "class_weights": "none"}
     values = {
@@ -39,7 +48,7 @@ def write_segmentation(folder: Path, cohort: Path, tile_px: int, mpp: float = 2.
         "classes": ["background", "glomerulus"],
         "task": "segment",
         "stain": "vahadane",
-        "tile": {"tile_px": tile_px, "mpp": mpp},
+        "tile": tile,
         "labels": {"names": dict.fromkeys(KINDS, "glomerulus")},
         "fit": network | fit,
     }
