@@ -40,7 +40,7 @@ MAX_BYTES = 2**30
 MAX_DEPTH = 50
 """Of XML; ASAP's has five levels."""
 
-METHOD = 2
+METHOD = 3
 """Part of the digest of labels: changed when the rules below make other labels, or say more about them."""
 
 ASAP_GROUPS = {
@@ -282,14 +282,16 @@ def _cut(regions: Sequence[Region]) -> tuple[Region, ...]:
 def class_of(name: str, classes: Sequence[str], names: Mapping[str, str] | None = None) -> str | None:
     """Return the model's class that `name` means, compared without case; `names` maps other names first.
 
-    None where it means no class.
+    None where it means no class. What is mapped to a class of another model means what it says to this one.
 
-    >>> class_of("Tumour", ("normal", "tumor"), {"tumour": "tumor"})
-    'tumor'
+    >>> names = {"tumour": "tumor", "CGN": "glomerulus"}
+    >>> class_of("Tumour", ("normal", "tumor"), names), class_of("CGN", ("Normal", "CGN"), names)
+    ('tumor', 'CGN')
     """
     known = {item.casefold(): item for item in classes}
     mapped = {key.casefold(): value for key, value in (names or {}).items()}
-    return known.get(mapped.get(name.casefold(), name).casefold())
+    own = name.casefold()
+    return known.get(mapped.get(own, name).casefold(), known.get(own))
 
 
 def classes_of(label: str, classes: Sequence[str], names: Mapping[str, str] | None = None) -> tuple[str, ...]:

@@ -248,13 +248,25 @@ def _thresholds(model: Model, judged: Sequence[Judged], settings: Settings) -> t
     notes: list[str] = []
     if any(one.level == "tile" and one.sides is None for one in judged):
         notes.append(f"{model.name}: more than {EXACT_TILES:,} tiles, so AUC and curves by tile are of histograms.")
-    for one in judged:
-        if one.split == FITTED:
+    fitted = [one for one in judged if one.split == FITTED]
+    bare = _bare(fitted, settings)
+    if bare:
+        notes.append(f"{model.name}: no operating points by {' and '.join(bare)}, as no {bare[0]} has a label.")
+    for one in fitted:
+        if one.level not in bare:
             threshold, why = _fit(model, one, settings)
             notes += [why] if why else []
             if threshold is not None:
                 thresholds[one.level, one.index] = threshold
     return thresholds, notes
+
+
+def _bare(fitted: Sequence[Judged], settings: Settings) -> list[Level]:
+    """The levels above tiles without any case to choose a threshold on, where tiles have some: said once for all."""
+    known = {one.level for one in fitted if one.cases}
+    if fixes_probability(settings.rule) or LEVELS[0] not in known:
+        return []
+    return [level for level in LEVELS[1:] if level not in known]
 
 
 def _fit(model: Model, judged: Judged, settings: Settings) -> tuple[float | None, str]:

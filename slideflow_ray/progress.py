@@ -108,6 +108,7 @@ class RunProgress:
                 self.say(f"{slides} slides were scored again: {reason}")
         parts = f"done {event.done}, failed {event.failed}, refused {event.refused}"
         self.say(f"{parts} in {event.seconds:.1f} s; {self.tiles_done} tiles {self.verb}")
+        self.slides = 0  # what is heard from here on, as a training's epochs, is no run's progress
 
     def say(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
@@ -116,7 +117,7 @@ class RunProgress:
     def _show(self) -> None:
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=self.ended, rate=self.rate())
-        elif not self.console.is_terminal and time.monotonic() - self._said > LINE_EVERY_S:
+        elif self.slides and not self.console.is_terminal and time.monotonic() - self._said > LINE_EVERY_S:
             self._said = time.monotonic()
             self.say("; ".join(filter(None, [f"{self.ended} of {self.slides} slides", self.rate()])))
 

@@ -199,6 +199,11 @@ def test_names_are_mapped_and_unknown_ones_named():
     with pytest.raises(AnnotationError, match="without a class name"):
         labels_by_centre(regions(("", RING, None)), xy, wh, CLASSES)
     assert class_of("nothing", CLASSES) is None
+    # one map serves a segmentation, to which every kind is a glomerulus, and the classifier of its objects
+    names = {"FSG": "glomerulus", "normal": "tumor"}
+    assert class_of("FSG", ("background", "glomerulus"), names) == "glomerulus"
+    assert class_of("fsg", ("Normal", "FSG"), names) == "FSG"
+    assert class_of("normal", ("normal", "tumor"), names) == "tumor"
 
 
 def test_no_tiles_make_no_labels():

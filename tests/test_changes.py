@@ -20,7 +20,7 @@ from slideflow_ray.accounting import read_run
 from slideflow_ray.changes import differences
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import BundleError, SourceChanged
-from slideflow_ray.events import ChunkScored, Event, RunStarted, SlidePlanned, WorkersChanged
+from slideflow_ray.events import ChunkScored, Event, Noted, RunFinished, RunStarted, SlidePlanned, WorkersChanged
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
 from slideflow_ray.phantoms import halved, write_marked_slide, write_pyramid
 from slideflow_ray.pipeline import Context, OpenSlides, plan_slide
@@ -282,6 +282,20 @@ def test_workers_that_join_and_leave_are_said_and_those_announced_are_not():
         progress(WorkersChanged(workers))
     _, *lines = text.getvalue().splitlines()
     assert [line.partition(":")[0] for line in lines] == ["3 workers instead of 2", "1 workers instead of 3"]
+
+
+def test_what_is_heard_after_a_run_is_no_progress_of_it():
+    text = io.StringIO()
+    progress = RunProgress(Console(file=text, width=200))
+    progress(RunStarted(3, ("m",), "inline", 2))
+    progress(RunFinished(3, 0, 0, 1.0))
+    progress._said -= 60
+    progress(Noted("an epoch of the training that asked for the run"))
+    assert text.getvalue().splitlines()[-1] == "an epoch of the training that asked for the run"
+    progress(RunStarted(3, ("m",), "inline", 2))
+    progress._said -= 60
+    progress(Noted("a note"))
+    assert "0 of 3 slides" in text.getvalue().splitlines()[-1]
 
 
 def test_a_changed_file_explains_its_size_and_levels():

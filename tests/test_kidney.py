@@ -98,10 +98,10 @@ def test_the_same_seed_makes_the_same_bytes_and_the_other_scanner_the_same_tissu
     two = write_kidney_cohort(tmp_path / "b", patients=3, slides_per_patient=1, size_px0=(1300, 900), workers=2)
     files = sorted(p.relative_to(one.parent) for p in one.parent.rglob("*") if p.is_file())
     assert all((one.parent / f).read_bytes() == (two.parent / f).read_bytes() for f in files)
-    other = write_kidney_cohort(
-        tmp_path / "c", patients=3, slides_per_patient=1, size_px0=(1300, 900), scanner="B", workers=1
-    )
-    row, twin = rows_of(one)[0], rows_of(other)[0]
+    shape = {"patients": 3, "slides_per_patient": 1, "size_px0": (1300, 900), "workers": 1}
+    other = write_kidney_cohort(tmp_path / "c", scanner="B", splits=["test"], **shape)
+    row, (twin,) = rows_of(one)[2], rows_of(other)
+    assert row["split"] == twin["split"] == "test"
     assert (row["scanner"], twin["scanner"]) == ("A", "B")
     assert (one.parent / row["annotation"]).read_bytes() == (other.parent / twin["annotation"]).read_bytes()
     pixels = []

@@ -57,7 +57,7 @@ class Paints:
 
 PAINTS: Final[dict[Stain, Paints]] = {
     "he": Paints(cytoplasm=0.40, matrix=0.54, wall=0.60, membrane=0.62, stroma=0.40, brush=0.50, muscle=0.62),
-    "pas": Paints(cytoplasm=0.21, matrix=0.56, wall=0.62, membrane=0.92, stroma=0.27, brush=0.60, muscle=0.33),
+    "pas": Paints(cytoplasm=0.38, matrix=0.53, wall=0.59, membrane=0.72, stroma=0.27, brush=0.60, muscle=0.33),
 }
 
 
@@ -213,7 +213,7 @@ def _stain(rng: Random, ground: _Ground, tissue: _Tissue, stain: Stain, nuclei: 
     paints = _varied(rng, PAINTS[stain])
     loops = ground.noise(rng, 9.5)
     open_ = tissue.tuft & ~tissue.segment & ~tissue.stalk
-    white = rng.uniform(0.30, 0.40)
+    white = rng.uniform(0.27, 0.42)
     threshold = _threshold(white, ground, tissue, loops, open_ & ~nuclei, nuclei)
     lumen = np.clip((loops - threshold) / 0.25 + 0.5, 0, 1)
     wall = np.exp(-(((loops - threshold + 0.25) / 0.28) ** 2))
@@ -221,19 +221,20 @@ def _stain(rng: Random, ground: _Ground, tissue: _Tissue, stain: Stain, nuclei: 
     grain = 1 + 0.09 * ground.noise(rng, 3.0) + 0.12 * ground.noise(rng, 14)
     amount = np.where(tissue.stalk | tissue.segment, paints.matrix * grain, amount)
     amount = np.where(tissue.crescent, 1.1 * paints.cytoplasm * grain, amount)
-    if not tissue.segment[ground.rho < 0.9].all():  # one that is sclerosed all over has no space to match
-        _even(rng, amount, (ground.rho < 1) & ~nuclei, white, paints)
-    amount[nuclei] = 0.4 * paints.cytoplasm
     capsule = np.exp(-(((ground.rho - 1) * ground.radius_px * ground.mpp0 / 1.3) ** 2))
-    return np.asarray(np.maximum(amount, paints.membrane * capsule), np.float32)
+    amount = np.maximum(amount, paints.membrane * capsule)
+    if not tissue.segment[ground.rho < 0.9].all():  # one that is sclerosed all over has no space to match
+        inside = ground.rho < 1
+        _even(rng, amount, inside & ~nuclei, white, float((capsule[inside] > 0.5).mean()), paints)
+    amount[nuclei] = 0.4 * paints.cytoplasm
+    return np.asarray(amount, np.float32)
 
 
 def _varied(rng: Random, paints: Paints) -> Paints:
     """Return paints as one glomerulus takes them, so that no amount is that of a kind."""
-    cytoplasm, matrix, wall = rng.uniform((0.75, 0.75, 0.75), (1.3, 1.2, 1.35))
-    return replace(
-        paints, cytoplasm=paints.cytoplasm * cytoplasm, matrix=paints.matrix * matrix, wall=paints.wall * wall
-    )
+    names = ("cytoplasm", "matrix", "wall", "membrane")
+    factors = rng.uniform((0.75, 0.75, 0.75, 0.75), (1.3, 1.2, 1.35, 1.15)).tolist()
+    return replace(paints, **{name: getattr(paints, name) * by for name, by in zip(names, factors, strict=True)})
 
 
 def _threshold(white: float, ground: _Ground, tissue: _Tissue, loops: Plane, open_: Mask, nuclei: Mask) -> float:
@@ -244,17 +245,18 @@ def _threshold(white: float, ground: _Ground, tissue: _Tissue, loops: Plane, ope
     return float(np.quantile(loops[open_], 1 - share)) if open_.any() else 9.0
 
 
-def _even(rng: Random, amount: Plane, where: Mask, white: float, paints: Paints) -> None:
+def _even(rng: Random, amount: Plane, where: Mask, white: float, edge: float, paints: Paints) -> None:
     """Give the amounts a distribution drawn for all kinds alike, in place: their order stays.
 
-    A share `white` has none, the others spread evenly from cytoplasm to wall.
+    A share `white` has none, a share `edge` is capsule, the others spread evenly from cytoplasm to wall. The capsule
+    is among them: over a crescent, stain hides its soft inner side, and over Bowman's space that would be seen.
     """
     found = amount[where] + rng.normal(0, 1e-3, int(where.sum()))
     rank = np.empty(len(found))
     rank[np.argsort(found)] = np.linspace(0, 1, len(found))
     low, high = 0.55 * paints.cytoplasm, 0.5 * (paints.wall + paints.matrix) * 1.15
-    spread = np.clip((rank - white) / (1 - white), 0, 1)
-    amount[where] = np.where(rank < white, 0.0, low + (high - low) * spread)
+    amount[where] = np.interp(rank, [white, 1 - edge, 1], [low, high, max(high, paints.membrane)])
+    amount[where] *= rank >= white
 
 
 # nuclei

@@ -236,18 +236,20 @@ def write_kidney_cohort(
     scanner: str = "A",
     mixed: float = 0.0,
     sclerosed: float = 0.0,
+    splits: Sequence[Split] = ("train", "val", "test"),
     workers: int = 0,
 ) -> Path:
     """Write serial sections of biopsies, HE and PAS in turn, with annotations; return the path of cohort.csv.
 
     `scanner` is "A", "B", or "AB" for patients in turn. `counts.csv` beside the cohort says how
-    many glomeruli of each kind a slide shows. Split 6:2:2 by patient. `workers` processes write
-    (0: one per core; 1: this one).
+    many glomeruli of each kind a slide shows. Split 6:2:2 by patient; the patients of other splits than `splits`
+    are left out, and the others stay as they are. `workers` processes write (0: one per core; 1: this one).
     """
     folder = Path(folder)
     jobs = [
         _Slide(folder, _slide_row(patient, split, section, scanner), seed, size_px0, mpp0, mixed, sclerosed)
         for patient, split in enumerate(kidney_splits(patients))
+        if split in splits
         for section in range(slides_per_patient)
     ]
     counts = in_processes(_write_section, jobs, workers)
