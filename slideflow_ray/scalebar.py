@@ -66,15 +66,14 @@ def _in_band(band: Grey) -> tuple[Box | None, int | None]:
     bar: Box | None = None
     first: int | None = None
     for mask in (band <= DARK, band >= BRIGHT):
-        for box, filled, solid in _rectangles(mask):
+        for box, _, solid in _rectangles(ndimage.binary_opening(mask, np.ones((3, 12), np.bool_))):  # grains may cling to a bar
             _, y, w, h = box
-            if filled < 0.85 or w < 0.05 * width:
-                continue
-            if solid >= 0.95 and w >= 8 * h and h <= 0.12 * height and w < 0.9 * width:
-                if bar is None or w > bar[2]:
-                    bar = box
+            if solid >= 0.95 and 0.05 * width <= w < 0.9 * width and w >= 8 * h and h <= 0.12 * height:
+                bar = box if bar is None or w > bar[2] else bar
                 first = min(y, height if first is None else first)
-            elif h >= 0.05 * height and (w < 0.98 * width or y + h == height):
+        for (_, y, w, h), filled, _ in _rectangles(mask):
+            label = h >= 0.05 * height and (0.05 * width <= w < 0.98 * width or y + h == height)
+            if label and filled >= 0.85:
                 first = min(y, height if first is None else first)
     if bar is not None and first is not None:
         first = min(first, _text_above(band, bar))
@@ -83,7 +82,7 @@ def _in_band(band: Grey) -> tuple[Box | None, int | None]:
 
 def _rectangles(mask: npt.NDArray[np.bool_]) -> list[tuple[Box, float, float]]:
     """Components with their boxes, and the share of the box that they fill, with holes (text) and without."""
-    labels, _ = ndimage.label(ndimage.binary_opening(mask, np.ones((3, 12))))  # grains of the picture cling to it
+    labels, _ = ndimage.label(mask)
     found: list[tuple[Box, float, float]] = []
     for number, window in enumerate(ndimage.find_objects(labels), 1):
         if window is None:
@@ -108,6 +107,8 @@ def _text_above(band: Grey, bar: Box) -> int:
     for mask in (over <= DARK, over >= BRIGHT):
         labels, n = ndimage.label(mask)
         for window in ndimage.find_objects(labels) if n else []:
+            if window is None:
+                continue
             h, wide = window[0].stop - window[0].start, window[1].stop - window[1].start
             # glyphs: as high as letters are, and no larger; grains of the picture are smaller
             if 0.06 * height <= h <= 0.25 * height and wide <= 2 * h and window[0].start > 0:
