@@ -370,7 +370,8 @@ def normalise(pixels: Pixels, fit: StainFit, target: StainTarget | StainFit) -> 
     """Return pixels, uint8 (..., 3), in the colours of the target, rounded and held within 0 and 255.
 
     The concentrations stay, scaled so that their 99th percentiles are the target's; the vectors become the
-    target's, and glass its glass. By Reinhard the colours are shifted and stretched. Raises StainError for fits of two methods.
+    target's, and glass its glass. By Reinhard the colours are shifted and stretched.
+    Raises StainError for fits of two methods.
     """
     into = target.fit if isinstance(target, StainTarget) else target
     _check_methods(fit, into)
