@@ -177,16 +177,18 @@ def _dark(white: Three | None) -> Floats:
 
 
 def glass(tiles: Sequence[Pixels]) -> Three | None:
-    """Return what a scanner makes of empty glass: of pixels that are bright and nearly grey the 99th percentile.
+    """Return what a scanner makes of empty glass: of pixels that are bright and nearly grey each channel's mode.
 
-    None where they are less than 1 % of all, or white. Without it, a scanner's tinge would be taken for dye.
+    Glass is a sharp peak; beyond it JPEG overshoots beside every edge, so a high percentile would be too bright. None
+    where such pixels are less than 1 % of all, or white. Without it, a scanner's tinge would be taken for dye.
     """
     every = np.concatenate([tile.reshape(-1, 3) for tile in tiles])
     low, high = every.min(axis=1), every.max(axis=1)
     bright = every[(low >= GLASS) & (high - low <= GLASS_CHROMA)]
     if len(bright) < max(MIN_PIXELS, MIN_TISSUE * len(every)):
         return None
-    red, green, blue = np.percentile(bright, 99, axis=0, method="nearest").astype(float).tolist()
+    counts = (np.bincount(bright[:, c], minlength=256) for c in range(3))
+    red, green, blue = (float(255 - int(n[::-1].argmax())) for n in counts)
     return None if red == green == blue == 255 else (red, green, blue)
 
 
@@ -464,7 +466,10 @@ def light_matrices() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
 
 
 def nearest_median(fits: Sequence[StainFit]) -> int:
-    """Return which fit is nearest the median of all, each number measured in its own spread; the first of equals."""
+    """Return which fit is nearest the median of all, each number measured in its own spread; the first of equals.
+
+    Glass does not count: it is the scanner's, and of one scanner differs by noise alone.
+    """
     rows = np.array([_numbers(fit) for fit in fits])
     off = np.abs(rows - np.median(rows, axis=0))
     spread = np.median(off, axis=0)
@@ -473,5 +478,4 @@ def nearest_median(fits: Sequence[StainFit]) -> int:
 
 def _numbers(fit: StainFit) -> list[float]:
     dyes = [number for row in fit.matrix or () for number in row]
-    white = () if fit.method == "reinhard" else fit.white or (255.0, 255.0, 255.0)
-    return [*dyes, *(fit.p99 or ()), *white, *(fit.mean or ()), *(fit.std or ())]
+    return [*dyes, *(fit.p99 or ()), *(fit.mean or ()), *(fit.std or ())]
