@@ -119,13 +119,15 @@ def _by_dyes(
 ) -> list[torch.Tensor]:
     density, level = _od_tables(planes[0].device)
     v = [density.index_select(0, plane).reshape(shape) for plane in planes]
+    glass, into = k[-6:-3], k[-3:]
+    v = [plane.sub_(dark).clamp_(min=1e-6) for plane, dark in zip(v, glass, strict=True)]
     if not sparse:
-        return [_level(level, _sum(k[3 * c : 3 * c + 3], v), stains.OD_STEPS) for c in range(3)]
+        return [_level(level, _sum(k[3 * c : 3 * c + 3], v).add_(into[c]), stains.OD_STEPS) for c in range(3)]
     b = [_sum(k[3 * j : 3 * j + 3], v).sub_(stains.CODE_LAM) for j in range(2)]
     both = [b[j].sub(b[1 - j] * k[6]).mul_(k[7]) for j in range(2)]
     alone = [rows.clamp_(min=0) for rows in b]
     h = [alone[j].where(both[1 - j] <= 0, both[j].clamp(min=0)) for j in range(2)]
-    return [_level(level, _sum(k[8 + 2 * c : 10 + 2 * c], h), stains.OD_STEPS) for c in range(3)]
+    return [_level(level, _sum(k[8 + 2 * c : 10 + 2 * c], h).add_(into[c]), stains.OD_STEPS) for c in range(3)]
 
 
 def _by_reinhard(planes: list[torch.Tensor], k: list[torch.Tensor], shape: tuple[int, int]) -> list[torch.Tensor]:

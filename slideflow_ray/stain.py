@@ -31,7 +31,7 @@ Mask = npt.NDArray[np.bool_]
 Method = Literal["vahadane", "macenko", "reinhard"]
 METHODS: Final = get_args(Method)
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of fits and of what is made of them: a change below gives new fits, and bundles with targets new digests."""
 
 RUIFROK: Final = {"he": ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11)), "pas": ((0.65, 0.70, 0.29), (0.175, 0.972, 0.154))}
@@ -53,6 +53,12 @@ MIN_ANGLE_DEG: Final = 5.0
 MIN_DYE: Final = 0.02
 """The least 99th percentile of a dye's concentration: 5 grey levels. What is less is not there, and not multiplied."""
 
+GLASS: Final = 200
+"""The least value of empty glass in each channel."""
+
+GLASS_CHROMA: Final = 30
+"""By how much its channels differ at most."""
+
 TILE_PIXELS: Final = 16384
 """Pixels of tissue that count of one tile, evenly spread over it."""
 
@@ -66,18 +72,21 @@ DIGITS: Final = 6
 Three = tuple[float, float, float]
 Dyes = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
 Amount = Annotated[float, Field(gt=0)]
+Level = Annotated[float, Field(ge=GLASS, le=255)]
 
 
 class StainFit(Spec):
     """What a slide's staining is, by one method.
 
     matrix : (3, 2), unit columns of optical density in red, green, blue: haematoxylin first. p99 : the 99th
-    percentile of each dye's concentration. mean, std : of CIELAB, by Reinhard, which has no dyes.
+    percentile of each dye's concentration. white : what empty glass looks like to the scanner, from which optical
+    density is measured; None is 255 in every channel. mean, std : of CIELAB, by Reinhard, which has no dyes.
     """
 
     method: Method
     matrix: Dyes | None = None
     p99: tuple[Amount, Amount] | None = None
+    white: tuple[Level, Level, Level] | None = None
     mean: Three | None = None
     std: tuple[Amount, Amount, Amount] | None = None
 
@@ -85,7 +94,7 @@ class StainFit(Spec):
     def _whole(self) -> StainFit:
         said = {name for name in ("matrix", "p99", "mean", "std") if getattr(self, name) is not None}
         wanted = {"mean", "std"} if self.method == "reinhard" else {"matrix", "p99"}
-        if said != wanted:
+        if said != wanted or (self.method == "reinhard" and self.white):
             raise ValueError(f"a fit by {self.method} has {' and '.join(sorted(wanted))}, and nothing else")
         return self
 
@@ -155,10 +164,32 @@ _LAB: Final[Floats] = np.array([[0.0, 116.0, 0.0], [500.0, -500.0, 0.0], [0.0, 2
 _LAB_AT: Final[Floats] = np.array([-16.0, 0.0, 0.0])
 
 
-def od(pixels: Pixels) -> Floats:
-    """Return the optical density max(-ln(max(v, 1) / 255), 1e-6), float64, the shape of `pixels`."""
-    found: Floats = _OD[pixels]
+def od(pixels: Pixels, white: Three | None = None) -> Floats:
+    """Return the optical density max(-ln(max(v, 1) / white), 1e-6), float64, the shape of `pixels`."""
+    found: Floats = np.maximum(_OD[pixels] - _dark(white), 1e-6)
     return found
+
+
+def _dark(white: Three | None) -> Floats:
+    """The optical density of glass against full light, (3,)."""
+    found: Floats = -np.log(np.asarray(white or (255, 255, 255)) / 255)
+    return found
+
+
+def glass(tiles: Sequence[Pixels]) -> Three | None:
+    """Return what a scanner makes of empty glass: of pixels that are bright and nearly grey each channel's mode.
+
+    Glass is a sharp peak; beyond it JPEG overshoots beside every edge, so a high percentile would be too bright. None
+    where such pixels are less than 1 % of all, or white. Without it, a scanner's tinge would be taken for dye.
+    """
+    every = np.concatenate([tile.reshape(-1, 3) for tile in tiles])
+    low, high = every.min(axis=1), every.max(axis=1)
+    bright = every[(low >= GLASS) & (high - low <= GLASS_CHROMA)]
+    if len(bright) < max(MIN_PIXELS, MIN_TISSUE * len(every)):
+        return None
+    counts = (np.bincount(bright[:, c], minlength=256) for c in range(3))
+    red, green, blue = (float(255 - int(n[::-1].argmax())) for n in counts)
+    return None if red == green == blue == 255 else (red, green, blue)
 
 
 def tissue(pixels: Pixels) -> Mask:
@@ -209,9 +240,11 @@ def fit_tiles(tiles: Sequence[Pixels], method: Method, lam: float = LAM, stain: 
         raise StainError(f"Of {seen:,} pixels {share} is tissue, too little to tell its stains.")
     if method == "reinhard":
         return _fit_colours(np.concatenate([rgb for rgb, _ in found]))
-    good = [od(rgb) for rgb, n in found if len(rgb) >= MIN_PIXELS and n >= MIN_TISSUE * seen / max(1, len(tiles))]
+    least, white = MIN_TISSUE * seen / max(1, len(tiles)), glass(tiles)
+    good = [od(rgb, white) for rgb, n in found if len(rgb) >= MIN_PIXELS and n >= least]
     solve = _macenko if method == "macenko" else lambda v: _vahadane(v, lam, stain)
-    return _fit_dyes(good or [od(np.concatenate([rgb for rgb, _ in found]))], method, solve)
+    fit = _fit_dyes(good or [od(np.concatenate([rgb for rgb, _ in found]), white)], method, solve)
+    return fit.model_copy(update={"white": white})
 
 
 def _tissue_of(tile: Pixels) -> tuple[Pixels, int]:
@@ -339,7 +372,8 @@ def normalise(pixels: Pixels, fit: StainFit, target: StainTarget | StainFit) -> 
     """Return pixels, uint8 (..., 3), in the colours of the target, rounded and held within 0 and 255.
 
     The concentrations stay, scaled so that their 99th percentiles are the target's; the vectors become the
-    target's. By Reinhard the colours are shifted and stretched. Raises StainError for fits of two methods.
+    target's, and glass its glass. By Reinhard the colours are shifted and stretched.
+    Raises StainError for fits of two methods.
     """
     into = target.fit if isinstance(target, StainTarget) else target
     _check_methods(fit, into)
@@ -348,9 +382,9 @@ def normalise(pixels: Pixels, fit: StainFit, target: StainTarget | StainFit) -> 
             into.mean
         )
         return _from_lab(lab)
-    amounts = concentrations(od(pixels), np.asarray(fit.matrix), fit.method)
+    amounts = concentrations(od(pixels, fit.white), np.asarray(fit.matrix), fit.method)
     scaled = amounts * (np.asarray(into.p99) / np.asarray(fit.p99))
-    return _levels(255 * np.exp(-(scaled @ np.asarray(into.matrix).T)))
+    return _levels(255 * np.exp(-(scaled @ np.asarray(into.matrix).T + _dark(into.white))))
 
 
 def _check_methods(fit: StainFit, into: StainFit) -> None:
@@ -405,7 +439,8 @@ def coefficients(fit: StainFit, into: StainFit) -> tuple[float, ...]:
     """Return the numbers by which a pixel of `fit` becomes one of `into`, for `prepare.restain`.
 
     Vahadane: the 6 products with the slide's vectors, how alike these are (2), and the 6 of the target's vectors;
-    Macenko: a 3 x 3 matrix of optical densities; Reinhard: one of CIELAB's f, and 3 offsets. Row by row.
+    Macenko: a 3 x 3 matrix of optical densities; after either the densities of the slide's glass and the target's, 3
+    each. Reinhard: a matrix of CIELAB's f, and 3 offsets. Row by row.
     Raises StainError for fits of two methods.
     """
     _check_methods(fit, into)
@@ -416,11 +451,12 @@ def coefficients(fit: StainFit, into: StainFit) -> tuple[float, ...]:
         return (*(back @ stretch @ _LAB).ravel().tolist(), *shift.tolist())
     matrix = np.asarray(fit.matrix)
     out = np.asarray(into.matrix) * (np.asarray(into.p99) / np.asarray(fit.p99))
+    glasses = (*_dark(fit.white).tolist(), *_dark(into.white).tolist())
     if fit.method == "macenko":
-        return tuple((out @ np.linalg.pinv(matrix)).ravel().tolist())
+        return (*(out @ np.linalg.pinv(matrix)).ravel().tolist(), *glasses)
     matrix = matrix / np.linalg.norm(matrix, axis=0)  # rounding
     alike = float(matrix[:, 0] @ matrix[:, 1])
-    return (*matrix.T.ravel().tolist(), alike, 1 / (1 - alike**2), *out.ravel().tolist())
+    return (*matrix.T.ravel().tolist(), alike, 1 / (1 - alike**2), *out.ravel().tolist(), *glasses)
 
 
 def light_matrices() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
@@ -430,7 +466,10 @@ def light_matrices() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
 
 
 def nearest_median(fits: Sequence[StainFit]) -> int:
-    """Return which fit is nearest the median of all, each number measured in its own spread; the first of equals."""
+    """Return which fit is nearest the median of all, each number measured in its own spread; the first of equals.
+
+    Glass does not count: it is the scanner's, and of one scanner differs by noise alone.
+    """
     rows = np.array([_numbers(fit) for fit in fits])
     off = np.abs(rows - np.median(rows, axis=0))
     spread = np.median(off, axis=0)

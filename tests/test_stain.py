@@ -244,6 +244,30 @@ def test_tensors_are_within_one_grey_level_of_the_reference(method):
     assert (got != want).mean() < 0.02
 
 
+@pytest.mark.parametrize("method", ["vahadane", "macenko"])
+def test_the_tinge_of_a_scanner_s_glass_is_not_taken_for_dye(method):
+    """The same tissue under a yellowish light: same vectors and percentiles, and glass becomes the target's glass."""
+    clear = picture(amounts(3), unit(RUIFROK["he"]), noise=0)
+    light = np.array([240, 238, 222])
+    tinged = np.rint(clear / 255.0 * light).astype(np.uint8)
+    a, b = (fit_tiles([x], method) for x in (clear, tinged))
+    assert a.white is None
+    assert b.white == (240, 238, 222)
+    assert angles(b, np.array(a.matrix)).max() < 0.5
+    np.testing.assert_allclose(a.p99, b.p99, rtol=0.04)
+    at = (clear == 255).all(axis=-1)
+    assert at.any()
+    assert (normalise(tinged, b, a)[at] >= 254).all()
+    np.testing.assert_array_equal(normalise(clear, a, b)[at], np.broadcast_to(light, (int(at.sum()), 3)))
+    steps = np.arange(0, 256, 5, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 52, 3)
+    for one, other in ((a, b), (b, a)):
+        got = restain(to_tensor(colours), Stained("he", (one,)), target(other)).numpy().astype(int)
+        assert np.abs(got - normalise(colours, one, other)).max() <= 1
+    with pytest.raises(ValueError, match="reinhard"):
+        StainFit(method="reinhard", mean=(1, 2, 3), std=(1, 1, 1), white=(240, 240, 240))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_tile_does_not_depend_on_its_neighbours_nor_on_their_fits(method):
     tiles = np.stack([picture(amounts(s, 40), unit(RUIFROK["he"]), s) for s in range(21)])
