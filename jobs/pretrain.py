@@ -6,7 +6,8 @@ The same line without ``ray job submit --working-dir . --`` works alone, and ``m
 Paths are those that the cluster's nodes see; `crew.storage` keeps the checkpoints (a shared folder, or
 s3://BUCKET/PATH). Run it again to go on. `train` begins with what it leaves: fit.weights = "OUT/weights.safetensors".
 
-Exit codes: 0 done, 2 configuration, 4 infrastructure (run again).
+Exit codes: 0 done, 2 configuration, 3 a file cannot be trained on, or the loss is no number (the line says which),
+4 infrastructure (run again).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from slideflow_ray.exits import ending
 from slideflow_ray.progress import to_stderr
 from slideflow_ray.train.job import train
-from slideflow_ray.train.spec import load_pretrain, read_job
+from slideflow_ray.train.spec import for_cluster, load_pretrain, read_job
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,10 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def pretrain(given: argparse.Namespace) -> int:
-    values = load_pretrain(Path(given.settings))
-    crew = {**values.get("crew", {}), "kind": "ray"} | ({"workers": given.workers} if given.workers else {})
-    executor = {"kind": "ray", **values.get("executor", {})}
-    values |= {"crew": crew, "executor": executor} | ({"overwrite": True} if given.overwrite else {})
+    values = for_cluster(load_pretrain(Path(given.settings)), given.workers, overwrite=given.overwrite)
     job, _ = read_job(values, given.settings)
     print(train(job, listen=to_stderr()).summary())
     return 0

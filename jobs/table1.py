@@ -7,7 +7,8 @@ train.toml at full size: cohort, out, work, classes and `preset = "paper-final"`
 The bundle of lowest validation loss is written to `out`; all of them are scored on test, with parameters and size.
 Run it again to go on.
 
-Exit codes: 0 done, 2 configuration, 4 infrastructure (run again).
+Exit codes: 0 done, 2 configuration, 3 a file cannot be trained on, or the loss is no number (the line says which),
+4 infrastructure (run again).
 """
 
 from __future__ import annotations

@@ -104,7 +104,10 @@ class TriedAgain:
 
 @dataclass(frozen=True)
 class EpochTrained:
-    """An epoch of a training is over; `epoch` counts from 1, `val_loss` and `val_auc` are None without validation."""
+    """An epoch of a training is over; `epoch` counts from 1, `val_loss` and `val_auc` are None without validation.
+
+    A pre-training has no `val_auc`.
+    """
 
     epoch: int
     epochs: int

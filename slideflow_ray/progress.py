@@ -149,6 +149,8 @@ def _line(event: EpochTrained | VersionChosen | Noted | TriedAgain | WorkerDied)
     elif event.val_loss is not None and event.val_auc is not None:
         auc = "undefined" if math.isnan(event.val_auc) else f"{event.val_auc:.4f}"
         line += f", val loss {event.val_loss:.4f}, val AUC {auc}"
+    elif event.val_loss is not None:
+        line += f", val loss {event.val_loss:.4f}"
     return line
 
 

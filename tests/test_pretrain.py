@@ -125,6 +125,11 @@ def test_the_script_and_the_command_say_what_they_did(cohort, tmp_path, capsys):
     done = CliRunner().invoke(app, ["pretrain", str(settings)])
     assert done.exit_code == 0, done.output
     assert "train tiles" in done.output
+    assert f"Weights: {tmp_path}/pre/weights.safetensors" in done.output
+    assert "AUC" not in done.output  # there is no label to be right about
+    assert "accuracy" not in done.output
+    again = CliRunner().invoke(app, ["pretrain", str(settings)])
+    assert "Nothing to do, the weights are there" in again.output
     assert CliRunner().invoke(app, ["pretrain", str(settings), "--lr", "1"]).exit_code != 0
     script = runpy.run_path(str(Path(__file__).parent.parent / "jobs" / "pretrain.py"))
     assert script["parser"]().parse_args(["pretrain.toml"]).settings == "pretrain.toml"

@@ -147,6 +147,31 @@ def test_what_answers_is_no_ray():
         assert "not as Ray with authentication does (HTTP 404)" in refusal(ConfigError, Cluster(made.url, TOKEN))
 
 
+def test_what_takes_no_jobs_is_said_by_each_command(token, capfd):
+    with server() as made:
+        made.answers |= {"/foo/api/authentication_mode": made.answers["/api/authentication_mode"]}
+        for name in ("list", "status x"):
+            assert ends("jobs", *name.split(), "--address", f"{made.url}/foo") == 2
+            assert "answers, but takes no jobs. Next: Give http://HEAD:8265" in capfd.readouterr().err
+
+
+def test_a_job_without_a_name_is_none(token, capfd):
+    with server(**{"/api/jobs/": (200, [])}) as made:  # Ray lists all
+        assert ends("jobs", "status", "", "--address", made.url) == 2
+    assert "knows no job ''" in capfd.readouterr().err
+
+
+def test_a_report_goes_into_a_folder(tmp_path, monkeypatch, capfd):
+    from slideflow_ray.cli import clusters as commands
+    from slideflow_ray.submit import follow
+
+    monkeypatch.setattr(commands, "_client", lambda *_: None)
+    monkeypatch.setattr(follow, "report", lambda *_: b"<html>")
+    assert ends("jobs", "report", "sfr-x", "--to", str(tmp_path)) == 0
+    assert (tmp_path / "report.html").read_bytes() == b"<html>"
+    assert capfd.readouterr().out == f"{tmp_path}/report.html\n"
+
+
 def test_a_wrong_token_a_missing_one_and_an_open_cluster_are_told_apart():
     with server() as made:
         assert "refuses the token (HTTP 403)" in refusal(ConfigError, Cluster(made.url, "0" * 64))
@@ -355,6 +380,7 @@ def test_what_could_not_work_is_refused_here(laptop):
         ('"aligned"', '"slides"', BundleError, "slides"),
         ('"cohort.csv"', '"other.csv"', ConfigError, "There is no cohort"),
         ("[[model]]", "[model]", ConfigError, "run.toml is not valid TOML"),
+        ("out =", "frob = 1\nout =", ConfigError, "run.toml: frob"),  # the user's own file, not its copy
         ('out = "/shared/out"', "", ConfigError, "out must be said"),
     ]:
         (laptop / "run.toml").write_text(text.replace(old, new))
@@ -392,6 +418,26 @@ def test_a_training_is_told_where_its_bundle_goes(laptop):
     assert (values["out"], values["work"]) == ("/shared/models/t", "/shared/models/t.work")
     assert parcel.arguments == (SETTINGS, "--overwrite")
     assert parcel.told["mark"] == values["work"]  # a first look that made `out` would have it there already
+
+
+@pytest.mark.parametrize("kind", ["retrain", "pretrain"])
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("fit = 'x'", "fit:"),
+        ("fit = {weights = 3}", "fit.weights:"),
+        ("crew = 3", "crew:"),
+        ("crew = {storage = 3}", "crew.storage:"),
+        ("sample = 'x'", "sample:"),
+        ("sample = {mine = {times = 4}}", "sample.mine.run:"),
+        ("work = 3", "work:"),
+    ],
+)
+def test_what_no_training_takes_is_refused_here(laptop, kind, bad, said):
+    text = 'cohort = "cohort.csv"\nout = "/shared/t"\nclasses = ["a", "b"]\ntile = {tile_px = 64, mpp = 0.5}\n'
+    (laptop / "t.toml").write_text(text + bad)
+    with pytest.raises(ConfigError, match=f"t.toml: .*{said}"):
+        pack_settings(kind, str(laptop / "t.toml"))
 
 
 def test_an_evaluation_is_told_by_arguments():
@@ -439,6 +485,9 @@ def test_what_all_can_be_read_passes_and_leaves_nothing_behind(told, tmp_path):
     wrong, seen = probe.look(told)
     assert wrong == []
     assert "6 files, folders and bundles" in seen
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    probe.look({**told, "mark": str(tmp_path / "out" / "deep" / "er")})
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -503,7 +552,10 @@ def test_a_bundle_is_copied_once_and_its_card_last(tmp_path, bundles):
     assert times["weights.safetensors"] == (tmp_path / "out/bundles/x/weights.safetensors").stat().st_mtime_ns
 
 
-@pytest.mark.parametrize(("ends", "code"), [("sys.exit(3)", 3), ("sys.exit()", 0), ("pass", 0), ("sys.exit('x')", 1)])
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [("sys.exit(3)", 3), ("sys.exit()", 0), ("pass", 0), ("sys.exit('x')", 1), ("raise KeyboardInterrupt", 130)],
+)
 def test_the_script_gives_the_exit_code(tmp_path, ends, code):
     script = tmp_path / "job.py"
     script.write_text(f"import sys\nassert sys.argv[1:] == ['x']\nif __name__ == '__main__':\n    {ends}\n")
@@ -538,6 +590,8 @@ def test_the_jobs_own_exit_code_is_passed_on(status, code, exit_code):
     found = details(status, code, "The head is gone.")
     assert exit_code_(found) == exit_code
     assert ("Next: " in ended(found, exit_code)) == (exit_code != 0)
+    assert ("failed" in ended(found, exit_code)) == (code in (2, 4, 5, 70))
+    assert ("drifted" in ended(found, exit_code)) == (code == 6)
 
 
 class Tails:
@@ -612,12 +666,13 @@ def test_a_dead_address_ends_in_one_line_with_the_code_to_try_again(token, lapto
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("frobnicate",), "the jobs are score, tile, evaluate, nightly, retrain"),
+        (("frobnicate",), "the jobs are score, tile, evaluate, nightly, retrain, pretrain"),
         ((), "Give run.toml, or --cohort, --model and --out"),
         (("evaluate",), "slideflow-ray submit evaluate OUT"),
         (("nightly",), "nightly.toml"),
         (("run.toml", "--cohort", "c.csv"), "run.toml says everything; --cohort beside it"),
         (("evaluate", "/shared/out", "--rul", "f1", "--frob"), "unrecognized arguments: --frob"),
+        (("--cohort", "c.csv", "--model", "/b", "--out", "/o", "--retyr"), "unrecognized arguments: --retyr"),
     ],
 )
 def test_words_that_mean_nothing_are_refused_before_a_cluster_is_asked(token, capfd, arguments, said):

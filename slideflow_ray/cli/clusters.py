@@ -35,7 +35,8 @@ ALIASES = {"run": "score", "train": "retrain"}
 def submit(
     context: typer.Context,
     target: Annotated[
-        str | None, typer.Argument(help="run.toml; or score, tile, evaluate, nightly, retrain and its arguments.")
+        str | None,
+        typer.Argument(help="run.toml; or score, tile, evaluate, nightly, retrain, pretrain and arguments."),
     ] = None,
     cohort: Annotated[str | None, typer.Option(help="cohort.csv; sent along if it is here.")] = None,
     model: Annotated[
@@ -106,7 +107,7 @@ def _parcel(target: str | None, more: list[str], options: dict[str, Any], cluste
     from slideflow_ray.submit import parcel
 
     kind = ALIASES.get(target or "", target or "score")
-    if kind.endswith(".toml"):
+    if kind.endswith(".toml") or kind.startswith("-"):  # settings, or an option of the script's own
         kind, more = "score", [kind, *more]
     if kind not in parcel.KINDS:
         known = ", ".join(parcel.KINDS)
@@ -185,7 +186,7 @@ def _about(job: Any) -> dict[str, Any]:
         "status": str(job.status),
         "exit_code": exit_code(job) if ended else None,
         "out": (job.metadata or {}).get("out", ""),
-        "message": "" if ended and exit_code(job) == 0 else (job.message or "").splitlines()[0],
+        "message": "" if ended and exit_code(job) == 0 else (job.message or "").partition("\n")[0],
     }
 
 
@@ -242,7 +243,7 @@ def job_stop(job: Job, profile: Profile = None, address: Address = None, allow_o
 @jobs.command("report")
 def job_report(
     job: Job,
-    to: Annotated[Path, typer.Option("--to", help="File to write.")] = Path("report.html"),
+    to: Annotated[Path, typer.Option("--to", help="File to write, or a folder.")] = Path("report.html"),
     profile: Profile = None,
     address: Address = None,
     allow_open: AllowOpen = False,
@@ -251,5 +252,6 @@ def job_report(
     from slideflow_ray.storage import write_atomic
     from slideflow_ray.submit.follow import report
 
+    to = to / "report.html" if to.is_dir() else to
     write_atomic(to, report(_client(profile, address, allow_open), job))
     typer.echo(to)

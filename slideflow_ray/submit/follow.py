@@ -23,9 +23,9 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from slideflow_ray.errors import ConfigError, InfrastructureError
+from slideflow_ray.errors import ConfigError, InfrastructureError, SlideflowError
 from slideflow_ray.exits import EXIT_CONFIG, EXIT_DRIFT, EXIT_FAILURES, EXIT_INFRA, EXIT_INTERRUPTED, EXIT_VERIFY
-from slideflow_ray.submit.cluster import ADDRESSES, Cluster, refused
+from slideflow_ray.submit.cluster import ADDRESSES, PORT, Cluster, refused
 from slideflow_ray.submit.parcel import KINDS, PROBE, Parcel, version
 from slideflow_ray.submit.probe import JOB
 
@@ -67,8 +67,13 @@ class Client(JobSubmissionClient):
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        with _hidden(*ADDRESSES):
-            super().__init__(cluster.address, headers=cluster.headers)
+        try:
+            with _hidden(*ADDRESSES):
+                super().__init__(cluster.address, headers=cluster.headers)
+        except RuntimeError as error:
+            if isinstance(error, SlideflowError):
+                raise
+            raise ConfigError(f"{cluster.address} answers, but takes no jobs.", next_step=PORT) from error
 
     def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
         try:
@@ -82,6 +87,8 @@ class Client(JobSubmissionClient):
 
     def info(self, job: str) -> JobDetails | None:
         """Return what the cluster knows of a job, None where it knows none of that name."""
+        if not job:
+            return None  # Ray would list all
         answer = self._do_request("GET", f"/api/jobs/{quote(job, safe='')}")
         if answer.status_code == 404:
             return None
@@ -288,7 +295,9 @@ def ended(found: JobDetails, code: int) -> str:
     if found.driver_exit_code == NOT_FOUND:
         return f"{found.submission_id}: its interpreter is not on the cluster. Next: give --python its path there."
     if code == EXIT_FAILURES:
-        return f"{found.submission_id}: finished with failures (exit code 3). Next: see the log above."
+        return f"{found.submission_id}: ended with failures (exit code 3). Next: see the log above."
+    if code == EXIT_DRIFT:
+        return f"{found.submission_id}: finished, and what came in has drifted (exit code 6). Next: see the log above."
     if found.driver_exit_code == code:
         return f"{found.submission_id}: failed (exit code {code}). Next: see the log above."
     cause = (found.message or "no reason given").splitlines()[0][:300]

@@ -119,11 +119,13 @@ NOWHERE = Places()
 class Packing:
     """A parcel in the making; `here` is what relative paths are relative to.
 
-    mark : the folder in which the cluster tries to write, where that is not `out`.
+    named : what the user calls the settings. mark : the folder in which the cluster tries to write, where that is not
+    `out`.
     """
 
     here: str
     places: Places = NOWHERE
+    named: str = "arguments"
     out: str = ""
     mark: str = ""
     files: dict[str, bytes | Path] = field(default_factory=dict)
@@ -229,20 +231,20 @@ def _csv(items: Sequence[Item]) -> bytes:
 
 
 def _placed_run(values: dict[str, Any], pack: Packing) -> None:
-    _need(values, "out", "cohort")
+    _need(values, pack, "out", "cohort")
     pack.out = values["out"] = pack.target(values["out"])
     _place_models(values, pack)
-    RunSpec.parse(values, SETTINGS)
+    RunSpec.parse(values, pack.named)
     values["cohort"] = pack.cohort(values["cohort"])
 
 
 def _placed_nightly(values: dict[str, Any], pack: Packing) -> None:
-    _need(values, "out")
+    _need(values, pack, "out")
     pack.out = values["out"] = pack.target(values["out"])
     _place_models(values, pack)
     if isinstance(values.get("watch"), str):
         values["watch"] = [values["watch"]]
-    parse_nightly(values, SETTINGS)
+    parse_nightly(values, pack.named)
     if values.get("cohort"):  # it may grow, so a copy would be of today
         values["cohort"] = pack.there(values["cohort"], "cohort")
     values["watch"] = [pack.there(uri, "watch") for uri in values.get("watch") or ()]
@@ -255,7 +257,8 @@ def _placed_nightly(values: dict[str, Any], pack: Packing) -> None:
 def _placed_train(values: dict[str, Any], pack: Packing) -> None:
     from slideflow_ray.train.spec import IMAGENET, RANDOM, read_job
 
-    _need(values, "out", "cohort")
+    _need(values, pack, "out", "cohort")
+    read_job({"work": values["out"], **values}, pack.named)
     pack.out = values["out"] = pack.target(values["out"])
     pack.mark = values["work"] = pack.target(values.get("work", f"{pack.out}.work"), "work")  # `out` must not exist
     fit, crew = values.get("fit") or {}, values.get("crew") or {}
@@ -265,7 +268,6 @@ def _placed_train(values: dict[str, Any], pack: Packing) -> None:
         crew["storage"] = pack.target(crew["storage"], "crew.storage")
     if mine := (values.get("sample") or {}).get("mine"):
         mine["run"] = pack.there(mine["run"], "sample.mine.run")
-    read_job(values, SETTINGS)
     values["cohort"] = pack.cohort(values["cohort"])
 
 
@@ -285,9 +287,9 @@ PLACED: dict[str, Callable[[dict[str, Any], Packing], None]] = {
 }
 
 
-def _need(values: Mapping[str, Any], *keys: str) -> None:
+def _need(values: Mapping[str, Any], pack: Packing, *keys: str) -> None:
     if bad := [key for key in keys if not isinstance(values.get(key), str) or not values[key]]:
-        raise ConfigError(f"{SETTINGS}: {', '.join(bad)} must be said (text).")
+        raise ConfigError(f"{pack.named}: {', '.join(bad)} must be said (text).")
 
 
 def _place_models(values: dict[str, Any], pack: Packing) -> None:
@@ -345,10 +347,9 @@ def pack_settings(
     Raises ConfigError and its like for what could not work.
     """
     if isinstance(source, str):
-        values, here = _settings(Path(source)), folder_of(source)
+        values, pack = _settings(Path(source)), Packing(folder_of(source), places, source)
     else:
-        values, here = {**source}, str(Path.cwd())
-    pack = Packing(here, places)
+        values, pack = {**source}, Packing(str(Path.cwd()), places)
     PLACED[kind](values, pack)
     pack.files[SETTINGS] = to_toml(values).encode()
     return _parcel(kind, (SETTINGS, *arguments), pack)

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     for source, target in told["copies"]:
         copy(here / source, target)
     code = perform(arguments)
-    if told["report"]:
+    if told["report"] and code in (0, 3):  # else what lies there is an earlier job's
         hand_out(told["out"], session)
     return code
 
@@ -103,11 +103,12 @@ def join() -> str:
 
 
 def look(told: dict[str, Any]) -> tuple[list[str], str]:
-    """Return what is wrong, one line each, and a line on what was tried."""
+    """Return what is wrong, one line each, and a line on what was tried; nothing is left behind."""
     from slideflow_ray import storage
 
     out = storage.place(told["mark"])
     mark = out / f".preflight-{os.getpid()}"
+    made = [] if storage.is_remote(out) else [folder for folder in (out, *out.parents) if not folder.exists()]
     if cause := attempt(lambda: _write(mark)):
         return [f"{out} cannot be written from the cluster: {cause}. {NEXT_OUT}"], ""
     try:
@@ -117,6 +118,9 @@ def look(told: dict[str, Any]) -> tuple[list[str], str]:
         found = everywhere([*needed, *uris])
     finally:
         mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else's by now
+            for folder in made:
+                folder.rmdir()
     for node, causes in found.items():
         wrong += [_said(node, path, causes[path], mark) for path in (*needed, "") if path in causes]
         lost = {uri: causes[uri] for uri in uris if uri in causes}
@@ -254,6 +258,9 @@ def perform(arguments: Sequence[str]) -> int:
         runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except KeyboardInterrupt:  # while the script still imports; later it says so itself
+        say("Stopped before it began.")
+        return 130
     return 0
 
 

@@ -71,12 +71,16 @@ class TrainResult:
         best = self.best
         counts = ", ".join(f"{n} {split} tiles" for split, n in self.tiles.items())
         line = f"trained on {counts}; best epoch {best.epoch + 1} of {len(self.history)}"
-        if best.val:
+        if best.parts and best.val:  # a pre-training: nothing is known that it could be right about
+            line += f": val loss {best.val.loss:.4f}"
+        elif best.val:
             dice = best.val.dice
             last = f"AUC {_or_none(best.val.auc)}" if dice is None else f"mean Dice {dice:.4f}"
             line += f": val loss {best.val.loss:.4f}, accuracy {best.val.accuracy:.3f}, {last}"
         line = f"{self.leaking}\n{line}" if self.leaking else line
-        return f"{line}\n{'Bundle' if self.changed else 'Nothing to do, the bundle is there'}: {self.bundle}"
+        what, made = ("weights are", self.bundle / WEIGHTS) if best.parts else ("bundle is", self.bundle)
+        begin = what.split()[0].capitalize() if self.changed else f"Nothing to do, the {what} there"
+        return f"{line}\n{begin}: {made}"
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints; epochs count from 0, as in training.json. What is not defined is None."""
@@ -342,7 +346,8 @@ def _on_ray(job: TrainJob, data: Data, start: Start, listen: Listener, record: M
 
 def _event(result: EpochResult, epochs: int) -> EpochTrained:
     val = result.val
-    scores = (val.loss, val.auc, val.dice) if val else (None, None)
+    auc = None if result.parts or val is None else val.auc  # a pre-training has no labels
+    scores = (val.loss, auc, val.dice) if val else (None, None)
     return EpochTrained(result.epoch + 1, epochs, result.train_loss, *scores)
 
 

@@ -430,18 +430,34 @@ def load_train(path: Path) -> dict[str, Any]:
 
 def as_pretraining(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values for a `TrainJob` that learns without labels: what METHODS part 002 says, unless they say else."""
-    given = dict(values)
+    told = values.get("fit", {})
+    if not isinstance(told, Mapping):  # what is no table is named where all is parsed
+        return {**values, "task": "pretrain"}
     base = {"schedule": "cosine", "warmup": 5, "lr": 1e-3, "weight_decay": 1e-4, "epochs": 100, "augment": False}
-    fit = {"architecture": "unet", "pretext": {}, **base, **given.get("fit", {})}
-    fit["warmup"] = (
-        min(fit["warmup"], max(0, fit["epochs"] - 1)) if "warmup" not in given.get("fit", {}) else fit["warmup"]
-    )
-    return {**given, "task": "pretrain", "fit": fit}
+    fit = {"architecture": "unet", "pretext": {}, **base, **told}
+    if "warmup" not in told and isinstance(fit["epochs"], int):
+        fit["warmup"] = min(fit["warmup"], max(0, fit["epochs"] - 1))
+    return {**values, "task": "pretrain", "fit": fit}
 
 
 def load_pretrain(path: Path) -> dict[str, Any]:
     """Read pretrain.toml as values for a `TrainJob` that learns without labels. Raises ConfigError as `load_train`."""
     return as_pretraining(load_train(path))
+
+
+def for_cluster(values: Mapping[str, Any], workers: int = 0, *, overwrite: bool = False) -> dict[str, Any]:
+    """Return values for a `TrainJob` that Ray trains and tiles, with what a job script is told (workers 0: nothing).
+
+    >>> for_cluster({"crew": {"kind": "inline", "storage": "s3://b"}}, 2)
+    {'crew': {'kind': 'ray', 'storage': 's3://b', 'workers': 2}, 'executor': {'kind': 'ray'}}
+    """
+    found = {**values, **({"overwrite": True} if overwrite else {})}
+    crew, executor = found.get("crew", {}), found.get("executor", {})
+    if isinstance(crew, Mapping):  # what is no table is named where all is parsed
+        found["crew"] = {**crew, "kind": "ray"} | ({"workers": workers} if workers else {})
+    if isinstance(executor, Mapping):
+        found["executor"] = {"kind": "ray", **executor}
+    return found
 
 
 def read_job(values: Mapping[str, Any], where: str) -> tuple[TrainJob, dict[str, Any] | None]:
