@@ -66,7 +66,9 @@ def _in_band(band: Grey) -> tuple[Box | None, int | None]:
     bar: Box | None = None
     first: int | None = None
     for mask in (band <= DARK, band >= BRIGHT):
-        for box, _, solid in _rectangles(ndimage.binary_opening(mask, np.ones((3, 12), np.bool_))):  # grains may cling to a bar
+        for box, _, solid in _rectangles(
+            ndimage.binary_opening(mask, np.ones((3, 12), np.bool_))
+        ):  # grains may cling to a bar
             _, y, w, h = box
             if solid >= 0.95 and 0.05 * width <= w < 0.9 * width and w >= 8 * h and h <= 0.12 * height:
                 bar = box if bar is None or w > bar[2] else bar
