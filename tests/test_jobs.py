@@ -28,7 +28,7 @@ from slideflow_ray.submit.cluster import Cluster, look
 
 LAST = ["failures by code (1 slides):", "     1 x E_NOT_A_SLIDE: d"]
 """What a job over a cohort with one bad slide says at its end, and Ray's job page as its message."""
-JOBS = ("tile", "score", "evaluate", "retrain", "nightly")
+JOBS = ("tile", "score", "evaluate", "retrain", "pretrain", "nightly")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,14 @@ def test_a_job_says_how_it_is_submitted_and_how_it_ends(name):
 def test_a_job_that_cannot_begin_ends_with_2(name, tmp_path, capfd):
     assert main_of(name)([str(tmp_path / "there-is-none.toml")]) == 2
     assert capfd.readouterr().err.startswith("E_CONFIG: ")
+
+
+@pytest.mark.parametrize("name", ["retrain", "pretrain"])
+@pytest.mark.parametrize("bad", ["crew = 3", 'fit = "x"', 'executor = "ray"', 'fit = {epochs = "x"}'])
+def test_a_table_that_is_none_is_named(name, bad, tmp_path, capfd):
+    (tmp_path / "t.toml").write_text(f'cohort = "c.csv"\nout = "o"\nclasses = ["a", "b"]\n{bad}\n')
+    assert main_of(name)([str(tmp_path / "t.toml")]) == 2
+    assert f"t.toml: {bad.split()[0]}" in capfd.readouterr().err
 
 
 def test_jobs_in_a_notebook(marked, bundles, tmp_path, capsys):
@@ -368,6 +376,48 @@ def test_a_run_with_failures_ends_with_3_and_is_tried_again(head, token, marked,
     again = submit(head, str(settings))
     assert again.returncode == 3
     assert "attempt 2: it resumes" in again.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_every_other_job_is_submitted(head, marked, bundles, tmp_path):
+    from slideflow_ray.phantoms import write_cohort
+    from slideflow_ray.phantoms.tem import write_tem_cohort
+
+    settings = run_toml(tmp_path / "a", marked / "cohort.csv", bundles["aligned"])
+    micrographs = write_tem_cohort(tmp_path / "tem", patients=5, images=1, size_px=(128, 128), nm_per_px=20, workers=1)
+    (tmp_path / "scans").mkdir()
+    shutil.copy(marked / "a.tif", tmp_path / "scans")
+    fit = "epochs = 1\nbatch_size = 4\n"
+    (tmp_path / "night.toml").write_text(
+        f'out = "{tmp_path}/night"\nwatch = "{tmp_path}/scans"\nsettle_s = 0\n'
+        f'[[model]]\npath = "{bundles["aligned"]}"\n'
+    )
+    (tmp_path / "pre.toml").write_text(
+        f'cohort = "{micrographs}"\nout = "{tmp_path}/pre"\ntile = {{tile_px = 64, mpp = 0.02}}\n'
+        f"[fit]\n{fit}arguments = {{levels = 2, width = 4}}\n"
+    )
+    slides = write_cohort(tmp_path / "slides", slides=9, size_px0=(1024, 768), workers=1)
+    train = (
+        f'cohort = "{slides}"\nout = "{tmp_path}/bundle"\nclasses = ["normal", "tumor"]\n'
+        f'tile = {{tile_px = 64, mpp = 1.0}}\n[fit]\narchitecture = "small-cnn"\n{fit}'
+    )
+    (tmp_path / "train.toml").write_text(train)
+    (tmp_path / "bad.toml").write_text(train.replace('"tumor"]', '"granule"]'))  # the annotations have another class
+    for arguments, made in (
+        (("evaluate", str(tmp_path / "nothing")), 2),
+        (("tile", str(settings)), "a/out/run.json"),
+        (("score", str(settings)), "a/out/report.html"),
+        (("evaluate", str(tmp_path / "a" / "out"), "--rule", "f1"), "a/out/operating_points.json"),
+        (("nightly", str(tmp_path / "night.toml"), "--date", "2026-11-21"), "night/nights/2026-11-21/night.html"),
+        (("pretrain", str(tmp_path / "pre.toml")), "pre/weights.safetensors"),
+        (("retrain", str(tmp_path / "bad.toml")), 3),
+        (("retrain", str(tmp_path / "train.toml")), "bundle/bundle.json"),
+    ):
+        done = submit(head, *arguments)
+        assert done.returncode == (made if isinstance(made, int) else 0), done.stdout + done.stderr
+        assert isinstance(made, int) or (tmp_path / made).exists()
+    assert not (tmp_path / "nothing").exists()  # a first look leaves nothing behind
 
 
 @pytest.mark.soak
