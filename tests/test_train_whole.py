@@ -28,7 +28,7 @@ from slideflow_ray.store import SlideStore
 from slideflow_ray.train import job as job_module
 from slideflow_ray.train.choose import SearchSpec, search
 from slideflow_ray.train.enlarge import enlarge
-from slideflow_ray.train.images import image_labels
+from slideflow_ray.train.images import image_labels, left_out
 from slideflow_ray.train.job import prepare, train
 from slideflow_ray.train.spec import TrainJob
 
@@ -212,6 +212,15 @@ def test_labels_of_several_classes_are_read_once_for_all():
     assert image_labels(job, [*items, None]).tolist() == expected
     single = job.model_copy(update={"task": "classify"})
     assert image_labels(single, [*items, None]).tolist() == [0, -1, -1, -1]
+
+
+def test_a_slip_of_the_pen_in_several_labels_is_said():
+    """`Crescnt` is no lesion, so it trains as none: that must not happen in silence."""
+    job = job_of(Path("c.csv"), Path("o"), task="multilabel", labels={"names": {"crescent": "CGN"}})
+    names = ["FSG+Crescnt", "FSG+crescent", "Normal", None]
+    items = [Item(slide_id=f"i{i}", uri="u.png", label=name) for i, name in enumerate(names)]
+    assert left_out(job, items) == "Labels that name no class are passed over, as none of them: Crescnt."
+    assert left_out(job, items[1:]) == ""
 
 
 def test_a_multilabel_network_finds_both_lesions(cohort, tmp_path):

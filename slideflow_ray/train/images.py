@@ -85,6 +85,8 @@ def _hot(job: TrainJob, label: str | None) -> list[int]:
 
 def left_out(job: TrainJob, items: Sequence[Item]) -> str:
     """Return what must be said of images that cannot be trained on because of their label; "" where there are none."""
+    if job.task == "multilabel":
+        return _passed_over(job, items)
     if job.task != "classify":
         return ""
     strange = [i.label or "" for i in items if i.label and class_of(i.label, job.classes, job.labels.names) is None]
@@ -98,6 +100,20 @@ def left_out(job: TrainJob, items: Sequence[Item]) -> str:
         return ""
     hint = ' task = "multilabel" takes images of several classes.' if several else ""
     return f"Left out of {len(items)} images: {'; '.join(said)}.{hint}"
+
+
+def _passed_over(job: TrainJob, items: Sequence[Item]) -> str:
+    """Return which parts of labels mean no class of a multilabel training, for a slip of the pen says "none" there."""
+    odd = {
+        part.strip()
+        for item in items
+        if item.label and class_of(item.label, job.classes, job.labels.names) is None
+        for part in item.label.split("+")
+        if class_of(part.strip(), job.classes, job.labels.names) is None
+    }
+    if not odd:
+        return ""
+    return f"Labels that name no class are passed over, as none of them: {', '.join(sorted(odd)[:10])}."
 
 
 def leaks(job: TrainJob) -> bool:
