@@ -75,6 +75,19 @@ def test_pixels_meet_their_own_place_after_the_turn():
         assert float(good.loss) < float(bad.loss)
 
 
+def test_regions_of_the_turned_view_are_laid_back():
+    """Where view two is view one, turned, its regions agree with view one's as they do with themselves."""
+    torch.manual_seed(0)
+    head = make_pretext("usregcon", 4, 8, 5, Weights(), "masked")
+    full = torch.randn(3, 4, 16, 16)
+    for seed in range(3):
+        views = two_views(torch.rand(3, 1, 16, 16), seed)
+        assert not torch.equal(views.turn.apply(full), full)
+        deep = torch.zeros(3, 8, 1, 1)
+        told = head(views, Decoded(deep, full), Decoded(deep, views.turn.apply(full)))
+        assert told.parts["consistency"] == pytest.approx(told.health.entropy, rel=1e-4)
+
+
 def test_masks_are_segments_of_the_grey_image(images):
     masks = DetCon(4, scale=50, least_px=20).masks(images.mean(1))
     assert set(masks.assign.unique().tolist()) == {0, 1}

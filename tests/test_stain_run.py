@@ -342,6 +342,14 @@ def test_crops_of_a_training_have_the_fit_of_their_group(job, folder, tmp_path):
     assert stained.fits[0] == into.fit == targets["he"].fit
     assert len(set(stained.fits[:9])) == len(set(stained.fits[9:])) == 1
     assert stained.fits[0] != stained.fits[9]
+    hidden = np.where(np.arange(16) == 2, -1, labels[:16])  # as crops of val are in a pack that they share
+    one = [LabelledChunk(chunks[0].chunk, hidden), chunks[1]]
+    with pytest.raises(ConfigError, match="no he item of the train split"):
+        coloured(
+            TrainJob.parse({**job, "stain": "vahadane", "stain_target": {"he": "crop2"}}, "test"),
+            context,
+            {"train": one, "val": []},
+        )
 
 
 # before and after

@@ -99,8 +99,8 @@ def draw_micrograph(
     grey = np.where(wall.away > 0, URINARY, LUMEN)
     grey = grey + np.where(wall.away > 0, 0.02, 0.05) * _rough(rng, size_px, 0.05 / um)
     _cells(rng, grey, mask, wall, um)
-    _endothelium(rng, grey, mask, wall, um)
-    _podocytes(rng, grey, mask, wall, um)
+    for layer in (ENDOTHELIUM, PODOCYTES):
+        _line(rng, grey, mask, wall, um, layer)
     inside = np.abs(wall.away) < wall.thickness / 2
     grey[inside] = MEMBRANE + 0.03 * _rough(rng, size_px, 0.03 / um)[inside]
     mask[inside] = 1
@@ -195,36 +195,37 @@ def _spans(rng: Rng, end: float, least: float, most: float, gap: tuple[float, fl
         at += size + float(rng.uniform(*gap))
 
 
-def _endothelium(rng: Rng, grey: Plane, mask: Mask, wall: _Wall, um: float) -> None:
-    """A thin layer towards the lumen, with fenestrae."""
-    end = float(wall.along.max())
-    depth = np.zeros_like(wall.away)
-    for start, stop in _spans(rng, end, 0.25, 1.0, (0.05, 0.09)):
-        middle, half = (start + stop) / 2, (stop - start) / 2
-        near = np.abs(wall.along - middle) < half
-        round_off = np.sqrt(np.clip(1 - ((wall.along[near] - middle) / half) ** 6, 0, 1))
-        depth[near] = float(rng.uniform(0.09, 0.2)) * round_off
-    away = -wall.away - wall.thickness / 2
-    inside = (away >= 0) & (away < depth)
-    grey[inside] = _cytoplasm(rng, grey.shape, um)[inside]
-    grey[inside & (away > depth - 1.5 * um)] -= 0.12
-    mask[inside] = 2
+@dataclass(frozen=True)
+class _Layer:
+    """Cells on one side of the membrane: class and side, how long and high its pieces are, gaps and corners (um)."""
+
+    index: int
+    side: int
+    long: tuple[float, float]
+    gap: tuple[float, float]
+    high: tuple[float, float]
+    corner: int
 
 
-def _podocytes(rng: Rng, grey: Plane, mask: Mask, wall: _Wall, um: float) -> None:
-    """Foot processes: feet with slits between them, as wide as they are high."""
-    end = float(wall.along.max())
+ENDOTHELIUM = _Layer(2, -1, (0.25, 1.0), (0.05, 0.09), (0.09, 0.2), 6)
+"""A thin layer towards the lumen, with fenestrae."""
+PODOCYTES = _Layer(3, 1, (0.25, 0.6), (0.03, 0.05), (0.2, 0.4), 4)
+"""Foot processes, as wide as they are high, with slits between them."""
+
+
+def _line(rng: Rng, grey: Plane, mask: Mask, wall: _Wall, um: float, layer: _Layer) -> None:
+    """Line one side of the membrane with cells."""
     height = np.zeros_like(wall.away)
-    for start, stop in _spans(rng, end, 0.25, 0.6, (0.03, 0.05)):
+    for start, stop in _spans(rng, float(wall.along.max()), *layer.long, layer.gap):
         middle, half = (start + stop) / 2, (stop - start) / 2
         near = np.abs(wall.along - middle) < half
-        dome = np.sqrt(np.clip(1 - ((wall.along[near] - middle) / half) ** 4, 0, 1))
-        height[near] = float(rng.uniform(0.2, 0.4)) * dome
-    away = wall.away - wall.thickness / 2
+        dome = np.sqrt(np.clip(1 - ((wall.along[near] - middle) / half) ** layer.corner, 0, 1))
+        height[near] = float(rng.uniform(*layer.high)) * dome
+    away = layer.side * wall.away - wall.thickness / 2
     inside = (away >= 0) & (away < height)
     grey[inside] = _cytoplasm(rng, grey.shape, um)[inside]
     grey[inside & (away > height - 1.5 * um)] -= 0.12
-    mask[inside] = 3
+    mask[inside] = layer.index
 
 
 def _cells(rng: Rng, grey: Plane, mask: Mask, wall: _Wall, um: float) -> None:

@@ -9,6 +9,7 @@ those of METHODS, part 002: assignment as SlotCon's (Wen et al., NeurIPS 2022), 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -187,7 +188,7 @@ def joint_loss(
     head: RegionHead,
     features: tuple[Tensor, Tensor],
     images: tuple[Tensor, Tensor],
-    undo: object = None,
+    undo: Callable[[Tensor], Tensor] | None = None,
     weights: Weights = Weights(),
     negatives: Negatives = "masked",
 ) -> Parts:
@@ -203,7 +204,7 @@ def joint_loss(
     )
     q = (head.describe(first, features[0]), head.describe(second, features[1]))
     semantic = semantic_loss(*q, first.active, second.active, negatives=negatives)
-    there = undo(second.assign) if callable(undo) else second.assign
+    there = undo(second.assign) if undo else second.assign
     consistency = consistency_loss(first.assign, there)
     grey = within + weights.between * between
     total = weights.grey * grey + weights.semantic * semantic + weights.consistency * consistency
