@@ -1,9 +1,10 @@
 """Glomeruli from phantoms to counts per biopsy: found on slides, told apart, in the colours of two scanners.
 
-One cohort: slides of ten patients and crops of 25, both split 6:2:2 by patient; all that is trained is trained in the
-colours of scanner A, and judged on the patients of test, in the colours of A and, the same tissue, of B. Besides: what
-colour alone reaches on the crops, which a network must beat by structure, and the four networks of source 001 side by
-side. Not part of the tests; `make accept` runs it, and writes its figures to accept/008-glomeruli.json.
+One cohort: slides of ten patients, and as many crops as source 001 had, of 55, both split 6:2:2 by patient; all that is
+trained is trained in the colours of scanner A, and judged on the patients of test, in the colours of A and, the same
+tissue, of B. Besides: what colour alone reaches on the crops, which a network must beat by structure, and the four
+networks of source 001 side by side. Not part of the tests; `make accept` runs it, and writes its figures to
+accept/008-glomeruli.json.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ FIGURES = ROOT / "accept" / "008-glomeruli.json"
 MILLIONS = {"se-resnet": 17.385, "torchvision:resnet50": 23.52, "torchvision:vgg16": 134.28}
 MILLIONS["torchvision:inception_v3"] = 21.79
 """METHODS of 001, for four classes."""
-SEED = 7
-"""Of the slides: not the one on which the normaliser was mended."""
+SEED = 8
+"""Of the slides: not one on which the normaliser was mended (6) or the classifier found too weak (7)."""
+PATIENTS, CROPS = 55, 48
+"""Patients with crops, and crops of each: 2,640, where source 001 had 2,658."""
 
 
 def note(name: str, figures: dict) -> None:
@@ -57,8 +60,8 @@ def cli(folder: Path, *command: str) -> tuple[str, float]:
 
 @pytest.fixture(scope="module")
 def crops(tmp_path_factory) -> Path:
-    """Crops of 25 patients, 48 each, half of them HE and half PAS, by scanner A."""
-    return write_glomeruli(tmp_path_factory.mktemp("crops"), patients=25, per_patient=48)
+    """Crops, half of them HE and half PAS, by scanner A."""
+    return write_glomeruli(tmp_path_factory.mktemp("crops"), patients=PATIENTS, per_patient=CROPS)
 
 
 def colours(path: str) -> np.ndarray:
@@ -82,7 +85,7 @@ def colour_alone(items: list[Item]) -> dict[str, float]:
 
 @pytest.mark.parametrize("scanner", ["A", "B"])
 def test_colour_alone_stays_at_or_below_a_half(scanner, tmp_path, crops):
-    cohort = crops if scanner == "A" else write_glomeruli(tmp_path, patients=25, per_patient=48, scanner="B")
+    cohort = crops if scanner == "A" else write_glomeruli(tmp_path, patients=PATIENTS, per_patient=CROPS, scanner="B")
     items = read_cohort(cohort)
     found = colour_alone(items)
     note(f"colour alone, scanner {scanner}", {"accuracy": found, "crops": len(items)})
@@ -127,7 +130,8 @@ def trainings(folder: Path, slides: Path, crops: Path) -> dict[str, Path]:
     tile = {"tile_px": 256, "mpp": 2.0, "stride_px": 224}
     light = {"brightness": 0.15, "contrast": 0.15, "saturation": 0, "hue": 0, "noise": 0.01}
     unet = {"epochs": 5, "batch_size": 8, "lr": 4e-3, "augment": light}
-    small = {"arguments": {"width": 24}, "epochs": 24, "lr": 2e-3, "augment": light}
+    moved = light | {"rotate_deg": 180, "zoom": 0.1, "shift": 0.05}  # boxes that were found are not quite those drawn
+    small = {"arguments": {"width": 24}, "epochs": 16, "lr": 2e-3, "augment": moved}
     return {
         "glomeruli": write_segmentation(folder, slides, tile, **unet),
         "normalised": write_kind(folder, crops, "normalised", "vahadane", 96, **small),
