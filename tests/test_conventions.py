@@ -14,7 +14,7 @@ PACKAGE = ROOT / "slideflow_ray"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    ["errors", "exits", "events", "geometry", "specs", "texts", "uris"],
+    ["errors", "exits", "events", "geometry", "processes", "specs", "texts", "uris"],
     ["website", "observe"],
     ["bucket"],
     ["storage"],

@@ -17,11 +17,11 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 
 import psutil
 
-from slideflow_ray import storage
+from slideflow_ray import processes, storage
 from slideflow_ray.errors import InfrastructureError, as_slideflow_error
 from slideflow_ray.execute import Done, Failed, Lost, Outcome, Task
 from slideflow_ray.execute.worker import ModelScorer, Read, Reader
@@ -34,7 +34,6 @@ START_S = 300.0
 """How long a reader may take to start before it counts as hung; its task's deadline begins then."""
 TICK_S = 1.0
 """How often the readers are looked at."""
-_SPAWN = multiprocessing.get_context("spawn")
 
 
 def cores() -> int:
@@ -46,10 +45,9 @@ class ReaderProcess:
     """A process that reads for us, and the task that it holds."""
 
     def __init__(self, context: Context) -> None:
-        ours, theirs = _SPAWN.Pipe()
+        ours, theirs = multiprocessing.Pipe()
         self.pipe: Connection = ours
-        self.process: SpawnProcess = _SPAWN.Process(target=_serve, args=(theirs, context), daemon=True)
-        self.process.start()
+        self.process = processes.start(_serve, theirs, context)
         theirs.close()
         self.task: Task | None = None
         self.used = self.ready = False
@@ -97,7 +95,7 @@ class ReaderProcess:
         self.process.join(timeout=5)
 
 
-def _is_stopped(process: SpawnProcess) -> bool:
+def _is_stopped(process: BaseProcess) -> bool:
     try:
         return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
     except psutil.Error:
@@ -137,7 +135,7 @@ class InlinePool:
         self._given: list[Task] = []
         self._scoring = 0
         self._scored: queue.SimpleQueue[Done | Failed] = queue.SimpleQueue()
-        self._wake_r, self._wake_w = _SPAWN.Pipe(duplex=False)
+        self._wake_r, self._wake_w = multiprocessing.Pipe(duplex=False)
         self._threads: list[threading.Thread] = []
         self._context: Context | None = None
         self._closing = threading.Event()
@@ -303,8 +301,7 @@ def _loading(context: Context) -> Iterator[None]:
     """
     note = storage.place(context.out) / ".cache" / "loading.json"
     if storage.read_json(note) is not None:
-        trial = _SPAWN.Process(target=_try_loading, args=(context,), daemon=True)
-        trial.start()
+        trial = processes.start(_try_loading, context)
         trial.join()
         if trial.exitcode:
             names = ", ".join(f"{model.name} ({model.spec.path})" for model in context.models)

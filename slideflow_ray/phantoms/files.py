@@ -6,7 +6,6 @@ import csv
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from PIL import Image
 
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.phantoms.shapes import Pixels
+from slideflow_ray.processes import context
 
 Split = Literal["train", "val", "test"]
 
@@ -63,7 +63,7 @@ def in_processes[Job, Made](make: Callable[[Job], Made], jobs: Sequence[Job], wo
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     if workers <= 1:
         return [make(job) for job in jobs]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context()) as pool:
         return list(pool.map(make, jobs, chunksize=-(-len(jobs) // (8 * workers))))
 
 
