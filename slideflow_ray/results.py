@@ -224,13 +224,15 @@ class Detection(Spec):
     """How the objects of one segmentation compare with the annotated ones of a split; None where not defined.
 
     matched : one to one, at an IoU of 0.5 or more. dice : of pixels, where outlines are annotated. Intervals are
-    95 %, by resampling patients; `lone` of the patients are slides without patient_id.
+    95 %, by resampling patients; `lone` of the patients are slides without patient_id. slides_missing : annotated,
+    without a result, and in none of these numbers.
     """
 
     model: str
     name: str
     split: str
     slides: int
+    slides_missing: int = 0
     patients: int
     lone: int
     annotated: int
@@ -258,6 +260,8 @@ class Detection(Spec):
         rates = f"precision {with_interval(self.precision, self.precision_interval)}"
         rates += f", recall {with_interval(self.recall, self.recall_interval)}"
         n = f"{self.matched:,} of {self.annotated:,} annotated and {self.found:,} found objects of {self.patients_text}"
+        if self.slides_missing:
+            n += f"; without {self.slides_missing:,} annotated slides that have no result"
         lines = [f"{self.name}, {self.split}, by object: F1 {f1}, {rates}, Dice {dice} ({n})"]
         for one in self.called:
             if one.counts is not None:
