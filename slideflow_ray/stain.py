@@ -12,7 +12,7 @@ reference; `prepare.restain` is the same on tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, get_args
@@ -143,6 +143,11 @@ def stain_name(stain: str | None, modality: str) -> str:
     ('he', 'pas', 'pas')
     """
     return (stain or modality).strip().lower().replace("&", "")
+
+
+def stain_numbers(items: Iterable[Any]) -> dict[str, int]:
+    """Return a number for each stain of a cohort's items, by `stain_name`: what may be mixed has the same."""
+    return {name: i for i, name in enumerate(sorted({stain_name(item.stain, item.modality) for item in items}))}
 
 
 def target_of(targets: Mapping[str, StainTarget], stain: str, who: str) -> StainTarget:
