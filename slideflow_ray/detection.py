@@ -29,7 +29,7 @@ from slideflow_ray.cascade import Cascade, Found, Judge, cascades, read_found
 from slideflow_ray.cases import Run
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import AnnotationError
-from slideflow_ray.metrics import RATES, Confusion, Counts, Interval, rate_interval, ratio
+from slideflow_ray.metrics import RATES, Confusion, Counts, Interval, kappa_interval, rate_interval, ratio
 from slideflow_ray.results import FITTED, JUDGED, Called, Detection, OperatingPoint, defined
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tables import Columns
@@ -472,6 +472,7 @@ def _called(judge: Judge, slides: Sequence[Slide], draw: Mapping[str, int]) -> C
         accuracy_interval=rate_interval(right, all_, **draw) if classify else None,
         balanced_accuracy=defined(confusion.balanced_accuracy) if classify else None,
         kappa=defined(confusion.kappa) if classify else None,
+        kappa_interval=kappa_interval([one.table for one in each], **draw) if classify else None,
         by_class={
             name: {rate: defined(getattr(counts, rate)) for rate in RATES} | _plain(counts)
             for name, counts in zip(judge.classes, by_class, strict=True)

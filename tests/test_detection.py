@@ -212,6 +212,26 @@ def test_slides_annotated_for_something_else_and_models_that_did_not_run_do_not_
     assert [r["n_kind_dark"] for r in rows(out, "counts", level="slide")] == [1, 1, None]
 
 
+def test_a_model_on_objects_is_judged_by_object_in_words_too(out):
+    found = read_evaluation(out)
+    (kind,) = [r for r in found.results if (r.name, r.level, r.split) == ("kind", "tile", "test")]
+    assert "by object: AUC" in kind.sentence
+    assert "negative objects of" in kind.sentence
+    page = write_report(out).read_text()
+    assert "by object, AUC" in page
+    assert "Highest object" in page
+    assert "share of its objects" in page
+    assert "objects of the test split" in page
+    assert [said for said in SAID if said in page] == []
+    (result,) = [d for d in found.detections if d.split == "test"]
+    low, high = result.called[0].kappa_interval
+    assert low <= result.called[0].kappa <= high
+    assert f"{low:.3f} to {high:.3f}" in page
+
+
+SAID = ("by tile", "Highest tile", "Tiles on test", "tiles of the test split", "share of its tiles")
+
+
 def test_annotated_slides_without_a_result_are_said(out):
     """A slide whose run failed is in no rate: in the result, on the terminal and in the report."""
     path = out / "run.json"
