@@ -240,37 +240,42 @@ def told(probabilities: Floats, called: npt.NDArray[np.bool_]) -> Floats:
     return np.asarray(np.where(some, probabilities, -np.inf).max(axis=1), np.float32)
 
 
-def slide_count(found: Found, spec: CountSpec) -> SlideCount:
-    """Return how many objects there are and what they were called."""
-    item, cascade = found.item, found.cascade
-    numbers: dict[str, int] = {}
-    named: list[tuple[str, str]] = []
-    if len(cascade.found) > 1:
-        index = found.objects.class_index if found.objects is not None else np.empty(0, np.uint8)
-        numbers |= {f"{cascade.name}_{c}": int((index == cascade.classes.index(c)).sum()) for c in cascade.found}
-        named += [(c, f"{cascade.name}_{c}") for c in cascade.found]
-    for judge in cascade.judges:
-        called = judge.called(found.margins[judge.name]) if judge.name in found.margins else np.empty((0, 0))
-        totals = called.sum(axis=0).tolist() if called.size else [0] * len(judge.classes)
-        if called.size or not len(found):
-            numbers |= {f"{judge.name}_{c}": int(n) for c, n in zip(judge.classes, totals, strict=True)}
-            named += [(c, f"{judge.name}_{c}") for c in judge.classes]
+def slide_count(item: Item, cascade: Cascade, found: Found | None, spec: CountSpec) -> SlideCount:
+    """Return how many objects there are and what they were called; of a slide without a result that it has none."""
+    said = list(_calls(found)) if found is not None else []
     wanted = {name.casefold() for name in spec.global_sclerosis}
-    sclerosed = next((numbers[key] for name, key in named if name.casefold() in wanted), None)
+    sclerosed = [called for _, name, called in said if name.casefold() in wanted]
+    objects = found.objects if found is not None else None
     return SlideCount(
         slide_id=item.slide_id,
         patient_id=item.patient,
         segmentation=cascade.name,
-        objects=len(found),
-        at_edge=int(found.objects.touches_edge.sum()) if found.objects is not None else 0,
-        called=numbers,
-        sclerosed=sclerosed,
+        objects=None if found is None else len(found),
+        at_edge=int(objects.touches_edge.sum()) if objects is not None else 0,
+        called={key: int(called.sum()) for key, _, called in said},
+        sclerosed=int(np.any(sclerosed, axis=0).sum()) if sclerosed else None,
         stain=item.stain,
         section=item.section,
         scanner=item.scanner,
         split=item.split,
         lone=not item.patient_id,
+        judged=found is not None and bool(found.margins),
     )
+
+
+def _calls(found: Found) -> Iterator[tuple[str, str, npt.NDArray[np.bool_]]]:
+    """Yield what is counted: key, class, and which objects are of it, bool (N,); nothing of models that did not run."""
+    cascade, n = found.cascade, len(found)
+    if len(cascade.found) > 1:
+        index = found.objects.class_index if found.objects is not None else np.empty(0, np.uint8)
+        for name in cascade.found:
+            yield f"{cascade.name}_{name}", name, index == cascade.classes.index(name)
+    for judge in cascade.judges:
+        if judge.name not in found.margins and n:
+            continue
+        called = judge.called(found.margins[judge.name]) if n else np.zeros((0, len(judge.classes)), np.bool_)
+        for c, name in enumerate(judge.classes):
+            yield f"{judge.name}_{name}", name, called[:, c]
 
 
 # the tables of a run
@@ -304,33 +309,30 @@ def read_tables(out: Path, record: Mapping[str, Any], scheduler: Scheduler = "th
     read = partial(_read, out=out, spec=spec)
     by_key = aggregate.over_slides(read, work, _merged, scheduler)
     slides: list[SlideCount] = []
-    missing: Counter[tuple[str, str]] = Counter()
     objects: Rows = []
     for item, outcome, cascade in work:
         rows, one, _ = by_key[cascade.name, item.slide_id]
         objects += rows
-        if one is not None:
+        if one.objects is not None or (cascade.on(item) and not outcome.get("pack")):
             slides.append(one)
-        elif cascade.on(item) and not outcome.get("pack"):
-            missing[cascade.name, item.patient] += 1
     keys = list(dict.fromkeys(key for cascade in of for key in cascade.keys))
     unread = tuple(dict.fromkeys(slide_id for (_, slide_id), (_, _, broken) in by_key.items() if broken))
-    counts = list(count_rows(counted(slides, missing), spec))
+    counts = list(count_rows(counted(slides), spec))
     return Tables((object_columns(of), count_columns(keys)), objects, counts, unread)
 
 
-_Read = dict[tuple[str, str], tuple[Rows, SlideCount | None, bool]]
+_Read = dict[tuple[str, str], tuple[Rows, SlideCount, bool]]
 
 
 def _read(work: tuple[Item, Mapping[str, Any], Cascade], out: Path, spec: CountSpec) -> _Read:
     item, outcome, cascade = work
+    found, broken = None, False
     try:
         found = read_found(out, item, outcome, cascade)
     except SlideflowError:  # `verify` says what is broken; the slide counts as one without a result
-        return {(cascade.name, item.slide_id): ([], None, True)}
-    if found is None:
-        return {(cascade.name, item.slide_id): ([], None, False)}
-    return {(cascade.name, item.slide_id): (list(object_rows(found)), slide_count(found, spec), False)}
+        broken = True
+    rows = list(object_rows(found)) if found is not None else []
+    return {(cascade.name, item.slide_id): (rows, slide_count(item, cascade, found, spec), broken)}
 
 
 def _merged(several: Sequence[_Read]) -> _Read:

@@ -30,7 +30,7 @@ from slideflow_ray.metrics import (
     together,
 )
 from slideflow_ray.results import FITTED, JUDGED, Level, Score
-from slideflow_ray.specs import LabelSpec, RunSpec
+from slideflow_ray.specs import OBJECTS, LabelSpec, RunSpec
 
 EXACT_TILES = 20_000_000
 """Up to so many tiles an AUC is computed from the margins themselves: 80 MB for each class."""
@@ -44,12 +44,13 @@ Cases = dict[str, tuple[Sparse, Sparse]]
 
 @dataclass(frozen=True)
 class Model:
-    """A scored model, as run.json names it."""
+    """A scored model, as run.json names it. `unit` is "object" where it ran on objects, which are its tiles."""
 
     node: str
     name: str
     task: str
     classes: tuple[str, ...]
+    unit: str = ""
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -111,7 +112,10 @@ def read_run(
         raise ConfigError(f"The run in {out} has not ended.", next_step="Run the same command again: it resumes.")
     spec = RunSpec.parse(record["spec"], f"{out / 'run.json'}, spec")
     update: dict[str, Any] = {"names": {**spec.labels.names, **(names or {})}}
-    every = [Model(m["node"], m["name"], m["task"], tuple(m["classes"])) for m in record["models"]]
+    every = [
+        Model(m["node"], m["name"], m["task"], tuple(m["classes"]), "object" if m["on"].startswith(OBJECTS) else "")
+        for m in record["models"]
+    ]
     models = tuple(model for model in every if model.task in ("classify", "multilabel"))
     _check_names(update["names"], [model for model in every if model.classes])
     return Run(

@@ -20,8 +20,15 @@ from slideflow_ray.uris import check_uri
 Split = Literal["train", "val", "test"]
 
 
+FILES = ("uri", "annotation", "mask", "original")
+"""Columns that name a file."""
+
+
 class Item(Spec):
-    """What a row of the cohort names. Empty cells are None; `uri` is absolute or has a scheme."""
+    """What a row of the cohort names. Empty cells are None; `uri` is absolute or has a scheme.
+
+    original : the image that a synthetic copy was made from, by which the copy's stains are told.
+    """
 
     slide_id: Annotated[str, Field(min_length=1, max_length=255)]
     uri: Annotated[str, Field(min_length=1)]
@@ -38,6 +45,7 @@ class Item(Spec):
     section: str | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
     mask: str | None = None
+    original: str | None = None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -65,7 +73,7 @@ class Item(Spec):
             raise ValueError("must be printable")
         return value
 
-    @field_validator("uri", "annotation", "mask")
+    @field_validator(*FILES)
     @classmethod
     def _allowed(cls, value: str | None) -> str | None:
         return None if value is None else check_uri(value)
@@ -143,7 +151,7 @@ def _item(path: str | Path, number: int, row: Mapping[str | None, object]) -> It
     cells = {str(key): plain_cell(cell.strip()) for key, cell in row.items() if isinstance(cell, str)}
     values = {key: cell for key, cell in cells.items() if cell}
     here = folder_of(path)
-    for key in ("uri", "annotation", "mask"):
+    for key in FILES:
         if key in values:
             values[key] = relative_to(here, values[key])
     try:

@@ -20,7 +20,7 @@ from typing import Any, Final, get_args
 from slideflow_ray import storage
 from slideflow_ray.errors import BadMpp, ConfigError, NoMpp, SlideError
 from slideflow_ray.identity import identity
-from slideflow_ray.label_files import Labels, label_of
+from slideflow_ray.label_files import NONE, Labels, label_of
 from slideflow_ray.slides import is_dicom, is_zarr, open_slide
 from slideflow_ray.specs import Modality, parts_of
 from slideflow_ray.splits import Holding, split_of
@@ -61,6 +61,7 @@ class Collected:
 
     files : all of them; they are `slide_files` + `unreadable` + `others`.
     expected : names of the manifest; they are `present` + `missing` + those that are unreadable.
+    blank : slides whose row of a label file has no class where each should have one.
     """
 
     slides: tuple[Found, ...]
@@ -74,6 +75,7 @@ class Collected:
     present: int = 0
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    blank: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -97,6 +99,7 @@ class Collected:
             "present": self.present,
             "missing": list(self.missing),
             "extra": list(self.extra),
+            "blank": list(self.blank),
             "labels": dict(Counter(s.label for s in self.slides if s.label is not None)),
             "splits": dict(Counter(s.split for s in self.slides if s.split)),
         }
@@ -412,7 +415,10 @@ def describe(found: Collected) -> Iterator[str]:
         "same bytes": [", ".join(names) for names in found.same_bytes],
         "no patient in its path": [s.name for s in found.slides if some and not s.patient],
         "not expected": list(found.extra),
-        "no label": [s.name for s in found.slides if s.label is None] if labelled else [],
+        "a label of zeros alone, taken for none at all (`none` in the column label would be a judgement)": list(
+            found.blank
+        ),
+        "no label": [s.name for s in found.slides if s.label is None and s.name not in found.blank] if labelled else [],
     }
     for kind, lines in kinds.items():
         yield from (f"{kind}: {line}" for line in lines[:SHOWN])
@@ -426,6 +432,7 @@ def describe(found: Collected) -> Iterator[str]:
 def with_labels(found: Collected, labels: Labels) -> Collected:
     """Return the slides with the labels of a file, which may name a slide by its path, file name or stem.
 
+    Zeros for every class are the label "none" where the file names several classes of some image; else no label.
     Raises ConfigError with lines for images that are not there, or are named twice, or not clearly.
     """
     by_end: dict[str, list[str]] = defaultdict(list)
@@ -434,7 +441,7 @@ def with_labels(found: Collected, labels: Labels) -> Collected:
             by_end[end].append(slide.name)
     line_of: dict[str, int] = {}
     label: dict[str, str] = {}
-    lost = []
+    lost, blank = [], []
     for image, classes in labels.of.items():
         hits = next((by_end[end] for end in _ends(image) if end in by_end), [])
         where = f"{labels.path}, line {labels.lines[image]}"
@@ -443,7 +450,11 @@ def with_labels(found: Collected, labels: Labels) -> Collected:
         if hits and hits[0] in line_of:
             raise ConfigError(f"{where}: {image!r} is the image of line {line_of[hits[0]]} again.")
         if hits:
-            line_of[hits[0]], label[hits[0]] = labels.lines[image], label_of(classes)
+            line_of[hits[0]] = labels.lines[image]
+            if classes or labels.several:
+                label[hits[0]] = label_of(classes) if classes else NONE
+            else:
+                blank.append(hits[0])
         else:
             lost.append(f"line {labels.lines[image]}: {image}")
     if lost:
@@ -453,7 +464,8 @@ def with_labels(found: Collected, labels: Labels) -> Collected:
             f"{'; '.join(lost[:SHOWN])}{more}.",
             next_step="Name the folder that holds all of them, or take their rows out.",
         )
-    return replace(found, slides=tuple(replace(s, label=label.get(s.name)) for s in found.slides))
+    slides = tuple(replace(s, label=label.get(s.name)) for s in found.slides)
+    return replace(found, slides=slides, blank=tuple(blank))
 
 
 # cohort.csv

@@ -1,13 +1,14 @@
 """How many objects and which lesions: per slide, per section of a patient, per patient. Plain Python on small values.
 
 Serial sections show the same glomeruli again, so nothing is ever added up over slides: a section is counted on
-one slide, and a patient on one section, the one with most objects; the others stand beside it.
+one slide, and a patient on one section; the others stand beside it. It is the one with most objects among those
+whose lesions were judged, or with most of all where none were. A slide without a result is counted as missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from scipy.stats import binomtest
@@ -26,14 +27,15 @@ Key = str
 class SlideCount:
     """What one segmentation found on one slide, and how many objects each model called each class.
 
-    stain, section : None where the cohort does not name them. at_edge : objects that the slide's edge cuts; they
-    are counted. lone : the cohort names no patient, so the slide is one.
+    objects : None for a slide without a result. stain, section : None where the cohort does not name them.
+    at_edge : objects that the slide's edge cuts; they are counted. judged : a model said of objects what they are.
+    lone : the cohort names no patient, so the slide is one.
     """
 
     slide_id: str
     patient_id: str
     segmentation: str
-    objects: int
+    objects: int | None
     at_edge: int = 0
     called: Mapping[Key, int] = field(default_factory=dict)
     sclerosed: int | None = None
@@ -42,13 +44,15 @@ class SlideCount:
     scanner: str | None = None
     split: str | None = None
     lone: bool = False
+    judged: bool = False
 
 
 @dataclass(frozen=True)
 class Count:
     """A row of counts: the slide that is counted, and in words what was found on the `others`.
 
-    slides : with results, the counted one among them; missing : those that have none.
+    slides : with results, the counted one among them; missing : those that have none. Where none has one, `of` is
+    without a slide and without objects.
     """
 
     level: Level
@@ -58,22 +62,19 @@ class Count:
     others: str = ""
 
 
-def counted(slides: Sequence[SlideCount], missing: Mapping[tuple[str, str], int] | None = None) -> list[Count]:
-    """Return the rows of every slide, then of every section, then of every patient; each in the order of `slides`.
+def counted(slides: Sequence[SlideCount]) -> list[Count]:
+    """Return the rows of every slide with a result, then of every section, then of every patient; each in order.
 
-    missing : (segmentation, patient) -> slides without a result. A section is a patient's slides of one stain and
-    section; where the cohort names no section, each slide is one.
+    A section is a patient's slides of one stain and section; where the cohort names no section, each slide is one.
+    Sections and patients all of whose slides are without a result have rows too.
     """
-    lost = missing or {}
-    rows = [Count("slide", one) for one in slides]
-    sections = _grouped(slides, _section_of)
-    rows += [_most("section", group) for group in sections]
+    rows = [Count("slide", one) for one in slides if one.objects is not None]
+    rows += [_best("section", group) for group in _grouped(slides, _section_of)]
     for group in _grouped(slides, lambda one: (one.segmentation, one.patient_id)):
-        first = _most("patient", group)
-        beside = [_most("section", part) for part in _grouped(group, _section_of)]
-        said = "; ".join(_said(row.of) for row in beside if row.of is not first.of)
-        key = (first.of.segmentation, first.of.patient_id)
-        rows.append(Count("patient", first.of, len(group), lost.get(key, 0), said))
+        first = _best("patient", group)
+        beside = [_best("section", part) for part in _grouped(group, _section_of)]
+        said = "; ".join(_said(row.of) for row in beside if row.slides and row.of is not first.of)
+        rows.append(replace(first, others=said))
     return rows
 
 
@@ -89,10 +90,21 @@ def _grouped(slides: Sequence[SlideCount], key: Any) -> list[list[SlideCount]]:
     return list(groups.values())
 
 
-def _most(level: Level, group: Sequence[SlideCount]) -> Count:
-    """The slide with most objects, of several the first."""
-    best = max(group, key=lambda one: one.objects)
-    return Count(level, best, len(group), 0, "; ".join(_said(one) for one in group if one is not best))
+def _best(level: Level, group: Sequence[SlideCount]) -> Count:
+    """The slide with most objects of those that were judged, or of all where none was; of several the first."""
+    good = [one for one in group if one.objects is not None]
+    missing = len(group) - len(good)
+    if not good:
+        return Count(level, _nowhere(level, group[0]), 0, missing)
+    best = max(good, key=lambda one: (one.judged, one.objects or 0))
+    return Count(level, best, len(good), missing, "; ".join(_said(one) for one in good if one is not best))
+
+
+def _nowhere(level: Level, one: SlideCount) -> SlideCount:
+    """What stands for a group without any result: whose it is, and no slide."""
+    if level == "section":
+        return replace(one, slide_id="", scanner=None)
+    return replace(one, slide_id="", scanner=None, stain=None, section=None)
 
 
 def _said(one: SlideCount) -> str:
@@ -154,7 +166,10 @@ SCLEROSIS = ("global_sclerosis", "global_sclerosis_share", "global_sclerosis_low
 
 
 def count_rows(counts: Sequence[Count], spec: CountSpec) -> Iterator[dict[str, Any]]:
-    """Yield the rows of counts.parquet; classes of models that did not run on a slide are null."""
+    """Yield the rows of counts.parquet; classes of models that did not run on a slide are null.
+
+    So is every number of a row without a slide: nothing counted is not none.
+    """
     for row in counts:
         one = row.of
         values: dict[str, Any] = {
@@ -164,19 +179,19 @@ def count_rows(counts: Sequence[Count], spec: CountSpec) -> Iterator[dict[str, A
             "split": one.split,
             "stain": one.stain,
             "section": one.section,
-            "slide_id": one.slide_id,
+            "slide_id": one.slide_id or None,
             "scanner": one.scanner,
             "segmentation": one.segmentation,
             "objects": one.objects,
-            "at_edge": one.at_edge,
-            "inadequate": one.objects < spec.adequate,
+            "at_edge": None if one.objects is None else one.at_edge,
+            "inadequate": None if one.objects is None else one.objects < spec.adequate,
             "slides": row.slides,
             "slides_missing": row.missing,
             "others": row.others,
         }
         if one.sclerosed is not None:
-            values |= zip(SCLEROSIS, (one.sclerosed, *share(one.sclerosed, one.objects)), strict=True)
+            values |= zip(SCLEROSIS, (one.sclerosed, *share(one.sclerosed, one.objects or 0)), strict=True)
         for key, n in one.called.items():
             names = (f"n_{key}", f"share_{key}", f"low_{key}", f"high_{key}")
-            values |= zip(names, (n, *share(n, one.objects)), strict=True)
+            values |= zip(names, (n, *share(n, one.objects or 0)), strict=True)
         yield values

@@ -1,9 +1,10 @@
 """Objects against annotated ones: precision, recall and F1 at IoU 0.5, Dice of the plane, and what matches were called.
 
 An annotated polygon is an object where its name means a class that the segmentation finds, or a class of
-a model on its objects; polygons that overlap by half (an outline and a lesion drawn on it) are one. Found and
-annotated objects are matched one to one, as many as can be. Written beside the stores: detection.json, and
-detection (by slide) and matches (by object) as Parquet.
+a model on its objects. Polygons that overlap by half (an outline and a lesion drawn on it) are one, and one that lies
+by half or more inside a larger one (a lesion within the outline) is a part of it, not an object. Found and annotated
+objects are matched one to one, as many as can be. Annotated slides without a result are in no number, and are named.
+Written beside the stores: detection.json, and detection (by slide) and matches (by object) as Parquet.
 """
 
 from __future__ import annotations
@@ -28,13 +29,19 @@ from slideflow_ray.cascade import Cascade, Found, Judge, cascades, read_found
 from slideflow_ray.cases import Run
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import AnnotationError
-from slideflow_ray.metrics import RATES, Confusion, Counts, Interval, rate_interval, ratio
+from slideflow_ray.metrics import RATES, Confusion, Counts, Interval, kappa_interval, rate_interval, ratio
 from slideflow_ray.results import FITTED, JUDGED, Called, Detection, OperatingPoint, defined
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tables import Columns
 
 IOU = 0.5
 """Found and annotated are the same object at this overlap, area of both over area of either, or more."""
+
+PART = 0.5
+"""An annotation is part of a larger one when at least so much of its area lies inside."""
+
+NAMED = 10
+"""Slides that a note names."""
 
 BAND = 2048
 """Rows of a plane that are compared at a time."""
@@ -72,7 +79,7 @@ def truths(regions: Sequence[Region], cascade: Cascade, names: Mapping[str, str]
         for part in shapely.get_parts(region.geometry):
             is_box = bool(part.equals(shapely.box(*part.bounds)))
             drawn.append(Truth(part, found, called, is_box))
-    return _united(drawn), others
+    return _with_parts(_united(drawn)), others
 
 
 def _truth(
@@ -97,8 +104,33 @@ def _united(drawn: Sequence[Truth]) -> list[Truth]:
     return [_one_of(several) for several in united.values()]
 
 
-def _one_of(several: Sequence[Truth]) -> Truth:
-    best = next((one for one in several if not one.is_box), several[0])
+def _with_parts(objects: Sequence[Truth]) -> list[Truth]:
+    """One object for an annotation and its parts: its shape, the classes of all; what it is part of may be a part too.
+
+    Of several that hold it, it belongs to the one that holds most of it, then to the largest. Objects of
+    different classes to the segmentation are never parts of each other.
+    """
+    if not objects:
+        return []
+    shapes = np.array([one.shape for one in objects], object)
+    areas = shapely.area(shapes)
+    part, holder = shapely.STRtree(shapes).query(shapes, predicate=None)
+    share = shapely.area(shapely.intersection(shapes[part], shapes[holder])) / np.maximum(areas[part], 1e-12)
+    alike = np.array([objects[i].found in ("", objects[j].found) for i, j in zip(part, holder, strict=True)], bool)
+    held = (share >= PART) & (areas[holder] > areas[part]) & alike
+    order = np.lexsort((areas[holder], share))
+    best = {int(part[k]): int(holder[k]) for k in order if held[k]}  # the last is the best
+    groups: dict[int, list[Truth]] = {i: [one] for i, one in enumerate(objects) if i not in best}
+    for i in sorted(best):
+        whole = best[i]
+        while whole in best:
+            whole = best[whole]
+        groups[whole].append(objects[i])
+    return [_one_of(group, group[0]) for group in groups.values()]
+
+
+def _one_of(several: Sequence[Truth], best: Truth | None = None) -> Truth:
+    best = best or next((one for one in several if not one.is_box), several[0])
     called: dict[str, tuple[str, ...]] = {}
     for one in several:
         for name, classes in one.called.items():
@@ -277,43 +309,73 @@ def detect(
     notes: list[str] = []
     rows: Rows = {name: [] for name in TABLES}
     for cascade in cascades(record, points):
-        read = _slides(run, cascade)
+        read, lost = _slides(run, cascade)
         slides = [slide for slide in read if slide.truths or not slide.others]
         notes += _notes(cascade, read, slides)
+        notes += _lost_notes(cascade, lost)
         rows["detection"] += [_slide_row(cascade, slide) for slide in slides]
         rows["matches"] += [row for slide in slides for row in _match_rows(cascade, slide)]
         for split in (FITTED, JUDGED):
             mine = [slide for slide in slides if slide.item.split == split]
-            results += [_result(run, cascade, split, mine, {"seed": seed, "resamples": resamples})] if mine else []
+            gone = [one for one in lost if one.item.split == split]
+            draw = {"seed": seed, "resamples": resamples}
+            results += [_result(run, cascade, split, mine, gone, draw)] if mine else []
     return Detected(tuple(results), tuple(notes), rows)
 
 
-def _slides(run: Run, cascade: Cascade) -> list[Slide]:
-    """The annotated slides of the cohort, in its order."""
-    chosen = [item for item in run.items if item.annotation and cascade.on(item)]
+@dataclass(frozen=True)
+class Lost:
+    """An annotated slide that the run has no result of, with the number of its annotated objects."""
+
+    item: Item
+    annotated: int
+
+
+def _slides(run: Run, cascade: Cascade) -> tuple[list[Slide], list[Lost]]:
+    """The annotated slides of the cohort, in its order: those with a result, and those without."""
+    chosen = [item for item in run.items if item.annotation and cascade.on(item) and not _packed(run, item)]
     read = partial(_read, run=run, cascade=cascade)
     found, errors = aggregate.over_slides(read, chosen, _merged, run.scheduler)
     if errors:
         more = f"\n... and {len(errors) - 5} more." if len(errors) > 5 else ""
         raise AnnotationError("\n".join(error.message for error in errors[:5]) + more, next_step=errors[0].step)
-    return [found[item.slide_id] for item in chosen if item.slide_id in found]
+    every = [found[item.slide_id] for item in chosen if item.slide_id in found]
+    return [one for one in every if isinstance(one, Slide)], [one for one in every if isinstance(one, Lost)]
 
 
-_Read = tuple[dict[str, Slide], list[AnnotationError]]
+def _packed(run: Run, item: Item) -> bool:
+    return bool(run.outcomes.get(item.slide_id, {}).get("pack"))
+
+
+_Read = tuple[dict[str, Slide | Lost], list[AnnotationError]]
 
 
 def _read(item: Item, run: Run, cascade: Cascade) -> _Read:
     found = read_found(run.out, item, run.outcomes.get(item.slide_id, {}), cascade)
-    if found is None:
-        return {}, []
     try:
-        return {item.slide_id: read_slide(run, found)}, []
+        if found is not None:
+            return {item.slide_id: read_slide(run, found)}, []
+        annotated, others = truths(read_annotation(item.annotation or ""), cascade, run.labels.names)
+        return {item.slide_id: Lost(item, len(annotated))} if annotated or not others else {}, []
     except AnnotationError as error:
         return {}, [error]
 
 
 def _merged(several: Sequence[_Read]) -> _Read:
     return {k: v for found, _ in several for k, v in found.items()}, [e for _, errors in several for e in errors]
+
+
+def _lost_notes(cascade: Cascade, lost: Sequence[Lost]) -> Iterator[str]:
+    """Which annotated slides of val and test have no result, for rates without them may flatter."""
+    for split in (FITTED, JUDGED):
+        if mine := [one for one in lost if one.item.split == split]:
+            n = sum(one.annotated for one in mine)
+            names = ", ".join(one.item.slide_id for one in mine[:NAMED])
+            more = f" and {len(mine) - NAMED} more" if len(mine) > NAMED else ""
+            yield (
+                f"{cascade.name}: {len(mine)} annotated slides of {split} with {n} objects have no result "
+                f"and are in none of its rates: {names}{more}."
+            )
 
 
 def _notes(cascade: Cascade, read: Sequence[Slide], slides: Sequence[Slide]) -> Iterator[str]:
@@ -330,7 +392,9 @@ def _notes(cascade: Cascade, read: Sequence[Slide], slides: Sequence[Slide]) -> 
         yield f"{cascade.name}: {boxes} slides are annotated with boxes: boxes are compared there, and no Dice."
 
 
-def _result(run: Run, cascade: Cascade, split: str, slides: Sequence[Slide], draw: Mapping[str, int]) -> Detection:
+def _result(
+    run: Run, cascade: Cascade, split: str, slides: Sequence[Slide], lost: Sequence[Lost], draw: Mapping[str, int]
+) -> Detection:
     by_patient = _by_patient(slides)
     each = [sum((slide.counts for slide in group), Counts()) for group in by_patient]
     total = sum(each, Counts())
@@ -343,6 +407,7 @@ def _result(run: Run, cascade: Cascade, split: str, slides: Sequence[Slide], dra
         name=cascade.name,
         split=split,
         slides=len(slides),
+        slides_missing=len(lost),
         patients=len(patients),
         lone=len(run.lone & patients),
         annotated=total.tp + total.fn,
@@ -407,6 +472,7 @@ def _called(judge: Judge, slides: Sequence[Slide], draw: Mapping[str, int]) -> C
         accuracy_interval=rate_interval(right, all_, **draw) if classify else None,
         balanced_accuracy=defined(confusion.balanced_accuracy) if classify else None,
         kappa=defined(confusion.kappa) if classify else None,
+        kappa_interval=kappa_interval([one.table for one in each], **draw) if classify else None,
         by_class={
             name: {rate: defined(getattr(counts, rate)) for rate in RATES} | _plain(counts)
             for name, counts in zip(judge.classes, by_class, strict=True)

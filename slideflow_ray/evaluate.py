@@ -38,7 +38,16 @@ from slideflow_ray.cohort import Item, check_splits
 from slideflow_ray.detection import Detected, detect
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.lease import lease
-from slideflow_ray.metrics import MIN_PATIENTS, RATES, Confusion, Counts, Interval, auc_interval, rate_interval
+from slideflow_ray.metrics import (
+    MIN_PATIENTS,
+    RATES,
+    Confusion,
+    Counts,
+    Interval,
+    auc_interval,
+    kappa_interval,
+    rate_interval,
+)
 from slideflow_ray.results import (
     FITTED,
     JUDGED,
@@ -181,7 +190,7 @@ def _evaluate_model(run: Run, model: Model, settings: Settings) -> _Done:
         "confusion": list(answers.confusion_rows(run, model, calls)),
     }
     items = {item.slide_id: item for item in run.items}
-    return _Done(Evaluation(tuple(points), results, _tables(model, calls, items), tuple(notes)), rows)
+    return _Done(Evaluation(tuple(points), results, _tables(model, calls, items, settings), tuple(notes)), rows)
 
 
 def _answers(
@@ -366,6 +375,7 @@ def _judge(
         score=judged.score,
         lone=len(run.lone & set(judged.cases)),
         no_interval=judged.no_interval,
+        unit=model.unit if judged.level == "tile" else "",
     )
 
 
@@ -376,13 +386,19 @@ def _rate_intervals(by_patient: Mapping[str, Counts], settings: Settings) -> tup
     return sensitivity, rate_interval([c.tn for c in each], [c.tn + c.fp for c in each], **settings.draw)
 
 
-def _tables(model: Model, calls: Calls, items: Mapping[str, Item]) -> tuple[Table, ...]:
+def _tables(model: Model, calls: Calls, items: Mapping[str, Item], settings: Settings) -> tuple[Table, ...]:
     tables = []
     for split in (FITTED, JUDGED):
         mine = [table for slide, table in sorted(calls.confusion.items()) if items[slide].split == split]
         total = sum(mine, Confusion.zeros(model.classes))
         if total.total:
-            tables.append(Table.of(total, model=model.node, name=model.name, level="tile", split=split))
+            patients: dict[str, list[Confusion]] = {}
+            for slide, table in sorted(calls.confusion.items()):
+                if items[slide].split == split:
+                    patients.setdefault(items[slide].patient, []).append(table)
+            each = [sum(patients[name], Confusion.zeros(model.classes)).counts for name in sorted(patients)]
+            about = {"model": model.node, "name": model.name, "level": "tile", "split": split, "unit": model.unit}
+            tables.append(Table.of(total, **about, kappa_interval=kappa_interval(each, **settings.draw)))
     return tuple(tables)
 
 

@@ -41,7 +41,9 @@ def roc_figure(
             mark = None
             if (level, name) in points and result.rates["specificity"] is not None:
                 mark = (100 - 100 * result.rates["specificity"], 100 - 100 * (result.rates["sensitivity"] or 0))
-            lines.append({"level": level, "path": _curve_path(rows), "mark": mark, "auc": result.auc})
+            lines.append(
+                {"level": level, "path": _curve_path(rows), "mark": mark, "auc": result.auc, "what": result.what}
+            )
     return {"class_name": name, "lines": lines}
 
 
@@ -74,7 +76,8 @@ def pr_figure(
             mark = (100 * (result.rates["sensitivity"] or 0), 100 - 100 * result.rates["ppv"])
         share = result.positives / (result.positives + result.negatives)
         area = result.average_precision
-        lines.append({"level": level, "path": _steps(rows), "mark": mark, "area": area, "share": 100 - 100 * share})
+        about = {"level": level, "what": result.what}
+        lines.append({**about, "path": _steps(rows), "mark": mark, "area": area, "share": 100 - 100 * share})
     return {"class_name": name, "lines": lines}
 
 

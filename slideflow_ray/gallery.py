@@ -108,8 +108,9 @@ def _patients(counts: Sequence[Row], cascade: Cascade) -> dict[str, Any]:
     return {
         "patients": shown,
         "patients_left": max(0, len(patients) - PATIENTS),
-        "inadequate": sum(row["inadequate"] for row in patients),
-        "many": len(patients),
+        "inadequate": sum(bool(row["inadequate"]) for row in patients),
+        "many": sum(bool(row["slides"]) for row in patients),
+        "lost": sum(not row["slides"] for row in patients),
     }
 
 

@@ -2,6 +2,8 @@
 
 JSON is a list of objects, or one object after another with or without commas; each has `image_name` and 0 or 1 for
 every class, by its Chinese or its English name. CSV has the same columns. Text is UTF-8, with or without a BOM.
+A row of zeros is the judgement "none of these" in a file with images of several classes. In one-hot files each image
+has one class, so that such a row says nothing: the image stays without a label, and is named.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ CHINESE: Final = {
 }
 """The classes of source 001 and what its labelling system calls them."""
 
+NONE: Final = "none"
+"""The label of an image that was judged to be of none of the classes; an empty one says that nobody judged it."""
+
 NAME: Final = "image_name"
 MAX_BYTES: Final = 2**28
 MAX_ROWS: Final = 1_000_000
@@ -44,6 +49,11 @@ class Labels:
     classes: tuple[str, ...]
     of: Mapping[str, tuple[str, ...]]
     lines: Mapping[str, int]
+
+    @property
+    def several(self) -> bool:
+        """Whether it judges each class by itself, as some image is of several: then all zeros say "none of them"."""
+        return any(len(classes) > 1 for classes in self.of.values())
 
 
 def label_of(classes: Sequence[str]) -> str:
@@ -99,8 +109,8 @@ def _known(names: Mapping[str, str]) -> dict[str, str]:
     """Every key that means a class, in lower case."""
     known = {key.casefold(): name for name, chinese in CHINESE.items() for key in (name, chinese)}
     for key, name in names.items():
-        if "+" in name or not name.strip() or not name.isprintable():
-            raise ConfigError(f"{name!r} cannot be a class: labels join several with '+'.")
+        if "+" in name or not name.strip() or not name.isprintable() or name.strip().casefold() == NONE:
+            raise ConfigError(f"{name!r} cannot be a class: labels join several with '+', and {NONE!r} is no class.")
         known[key.strip().casefold()] = name.strip()
     return known
 

@@ -764,6 +764,24 @@ def rate_interval(
     return _percentiles(weights @ parts, weights @ wholes, level)
 
 
+def kappa_interval(
+    tables: Sequence[Ints], *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval | None:
+    """Return the percentile interval of Cohen's kappa when patients are resampled, (K, K) counts of each.
+
+    The same draws as `auc_interval` with the same seed. None with few patients as `rate_interval` has it, or where
+    chance agrees always in half of the resamples.
+    """
+    filled = sum(bool(table.any()) for table in tables)
+    if len(tables) < MIN_PATIENTS or filled < MIN_SIDE:
+        return None
+    counts = np.stack(tables).astype(np.float64)
+    drawn = np.einsum("rp,pij->rij", resample_weights(len(tables), resamples, seed).astype(np.float64), counts)
+    total = drawn.sum(axis=(1, 2))
+    chance = (drawn.sum(axis=1) * drawn.sum(axis=2)).sum(axis=1)  # of total squared
+    return _percentiles(total * np.trace(drawn, axis1=1, axis2=2) - chance, total**2 - chance, level)
+
+
 def _percentiles(part: Floats, whole: Floats, level: float) -> Interval | None:
     defined = whole > 0
     if 2 * np.count_nonzero(defined) < len(whole):

@@ -47,12 +47,14 @@ SCORED = "scored"
 @dataclass(frozen=True)
 class Terms:
     """When a candidate takes the place: its gain by `rule` exceeds `margin`; with `interval`, so does the lower
-    bound of the gain's interval by patient. `point` is the rule of the operating points that go along."""
+    bound of the gain's interval by patient. `point` is the rule of the operating points that go along. `leaking`
+    takes one too that was trained on a split with one patient on both sides (split.mode = "paper")."""
 
     rule: By = "auc"
     margin: float = 0.0
     interval: bool = False
     point: str = "youden"
+    leaking: bool = False
 
     def __post_init__(self) -> None:
         rule_of(self.point)
@@ -106,15 +108,16 @@ def promote(
 
     Both are scored by `compare` below `into`/scored, which resumes. Nothing changes unless all went well.
     Raises ConfigError (other classes, no such split, already in service, another promotion came between),
-    SplitLeakError (trained on these slides or patients), BundleError.
+    SplitLeakError (trained on these slides or patients, or on a leaking split), BundleError.
     """
     terms, settings, model = terms or Terms(), settings or Settings(), _on_disk(into)
     folder = resolve(_on_disk(candidate))
     current = read_current(model)
     new = version_of(folder, model)
     _check_new(folder, model, new, current)
+    warned = check_sound(folder, terms)
     items = split_of(cohort, settings.split)
-    notes = check_unseen(folder, items, model / SCORED / ".cache" / "identity")
+    notes = [*warned, *check_unseen(folder, items, model / SCORED / ".cache" / "identity")]
     bundles = [folder] if current is None else [folder, checked(model, current)]
     notes += [flattered(one, items, model / SCORED / ".cache" / "identity") for one in bundles[1:]]
     out = model / SCORED
@@ -156,6 +159,23 @@ def _check_new(folder: Path, model: Path, new: Version, current: Current | None)
 
 
 # what the candidate was trained on
+
+
+def check_sound(folder: Path, terms: Terms) -> list[str]:
+    """Return a note where the bundle's training split leaked and `terms` take it all the same.
+
+    Raises SplitLeakError where they do not: its epoch and settings were chosen on patients that it knew.
+    """
+    record = storage.read_json(folder / RECORD)
+    said = record.get("leaking") if isinstance(record, dict) else None
+    if not said:
+        return []
+    if terms.leaking:
+        return [f"{folder.name} was trained on a {said}"]
+    raise SplitLeakError(
+        f"{folder.name} was trained on a {said}",
+        next_step='Train it with split.mode = "patient"; or say --even-if-leaking, if you know that it must be.',
+    )
 
 
 def check_unseen(folder: Path, items: Sequence[Item], cache: Path | None = None) -> list[str]:

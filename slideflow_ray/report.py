@@ -142,6 +142,7 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
             for m in record["models"]
         ],
         "settings": _settings(record),
+        "tiles_are": _tiles_are(record),
         "slides": sorted(tables["slides"], key=lambda row: _ORDER[row["split"]])[:ROWS],
         "slides_left": max(0, len(tables["slides"]) - ROWS),
         "probability": _probability,
@@ -233,10 +234,18 @@ def _model(model: Mapping[str, Any], found: Evaluation, tables: Mapping[str, Row
         "prs": [pr_figure(model["node"], name, results, points, curves) for name in names],
         "reliabilities": [d for name in names if (d := reliability(name, by_tile.get(name), calibration))],
         "distributions": [
-            drawn for name in names if (drawn := distribution(model["node"], name, points.get(("tile", name)), curves))
+            {**drawn, "what": "object" if model["on"].startswith(OBJECTS) else "tile"}
+            for name in names
+            if (drawn := distribution(model["node"], name, points.get(("tile", name)), curves))
         ],
         "confusions": list(_confusions(model, results, found.tables)),
     }
+
+
+def _tiles_are(record: Mapping[str, Any]) -> str:
+    """What a row of scores is of: tiles, objects, or either."""
+    kinds = {m["on"].startswith(OBJECTS) for m in record["models"] if m["task"] in ("classify", "multilabel")}
+    return "object" if kinds == {True} else "tile or object" if len(kinds) > 1 else "tile"
 
 
 def results_of(found: Evaluation, model: Mapping[str, Any]) -> list[Result]:
@@ -260,7 +269,11 @@ def _confusions(
     """Tables on test: of arg max, and of each class at its operating point, where there are few."""
     for table in tables:
         if table.model == model["node"] and table.split == JUDGED:
-            yield {**_shown(table.confusion), "caption": f"{table.level.capitalize()}s on test, by arg max"}
+            about = {
+                "caption": f"{table.what.capitalize()}s on test, by arg max",
+                "kappa_interval": table.kappa_interval,
+            }
+            yield {**_shown(table.confusion), **about}
     few = [r for r in results if r.split == JUDGED and r.counts and r.level != "patient"]
     for r in few if len({r.class_name for r in few}) == 1 else ():
         counts = r.counts or {}
@@ -269,7 +282,7 @@ def _confusions(
         names = (rest, r.class_name) if len(model["classes"]) <= 2 else (f"not {r.class_name}", r.class_name)
         yield {
             **_shown(Confusion(names, matrix)),
-            "caption": f"{r.level.capitalize()}s on test, at the operating point",
+            "caption": f"{r.what.capitalize()}s on test, at the operating point",
         }
 
 
@@ -282,6 +295,7 @@ def _shown(confusion: Confusion) -> dict[str, Any]:
         "total": confusion.total,
         "accuracy": confusion.accuracy,
         "kappa": confusion.kappa,
+        "kappa_interval": None,
     }
 
 

@@ -108,7 +108,7 @@ class Result(Spec):
     Intervals are 95 %, by resampling patients; `lone` of the patients are slides without patient_id, and
     `no_interval` says why there are too few of them, if there are.
     auc : exact; auc_004 : by the trapezoid rule over the thresholds of source 004. The latter and the expected
-    calibration error are None where the score is no margin.
+    calibration error are None where the score is no margin. unit : what a tile is, where it is an object.
     """
 
     model: str
@@ -133,6 +133,12 @@ class Result(Spec):
     score: Score = "margin"
     lone: int = 0
     no_interval: str = ""
+    unit: str = ""
+
+    @property
+    def what(self) -> str:
+        """What is counted, one of it: a tile, a slide, a patient, or an object."""
+        return self.unit or self.level
 
     @property
     def patients_text(self) -> str:
@@ -146,8 +152,8 @@ class Result(Spec):
         if self.counts:
             parts.append(f"sensitivity {with_interval(self.rates['sensitivity'], self.sensitivity_interval)}")
             parts.append(f"specificity {with_interval(self.rates['specificity'], self.specificity_interval)}")
-        n = f"{self.positives:,} positive and {self.negatives:,} negative {self.level}s of {self.patients_text}"
-        return f"{self.name}, {self.class_name}, {self.split}, by {self.level}: {', '.join(parts)} ({n})"
+        n = f"{self.positives:,} positive and {self.negatives:,} negative {self.what}s of {self.patients_text}"
+        return f"{self.name}, {self.class_name}, {self.split}, by {self.what}: {', '.join(parts)} ({n})"
 
 
 class Table(Spec):
@@ -165,14 +171,21 @@ class Table(Spec):
     accuracy: float | None
     balanced_accuracy: float | None
     kappa: float | None
+    kappa_interval: Interval | None = None
     by_true: Shares = ()
     by_total: Shares = ()
     by_class: Mapping[str, Mapping[str, float | None]] = Field(default_factory=dict)
     macro_f1: float | None = None
+    unit: str = ""
+
+    @property
+    def what(self) -> str:
+        """What is counted, one of it."""
+        return self.unit or self.level
 
     @classmethod
     def of(cls, confusion: Confusion, **about: Any) -> Self:
-        """Take a confusion; `about` are the model, name, level and split."""
+        """Take a confusion; `about` are the model, name, level, split and what else is known of it."""
         one = [confusion.one_against_rest(index) for index in range(len(confusion.classes))]
         f1 = [counts.f1 for counts in one if not math.isnan(counts.f1)]
         return cls(
@@ -213,6 +226,7 @@ class Called(Spec):
     accuracy_interval: Interval | None
     balanced_accuracy: float | None
     kappa: float | None
+    kappa_interval: Interval | None = None
     by_class: Mapping[str, Mapping[str, float | None]]
     missed: Mapping[str, int]
     spurious: Mapping[str, int]
@@ -224,13 +238,15 @@ class Detection(Spec):
     """How the objects of one segmentation compare with the annotated ones of a split; None where not defined.
 
     matched : one to one, at an IoU of 0.5 or more. dice : of pixels, where outlines are annotated. Intervals are
-    95 %, by resampling patients; `lone` of the patients are slides without patient_id.
+    95 %, by resampling patients; `lone` of the patients are slides without patient_id. slides_missing : annotated,
+    without a result, and in none of these numbers.
     """
 
     model: str
     name: str
     split: str
     slides: int
+    slides_missing: int = 0
     patients: int
     lone: int
     annotated: int
@@ -258,6 +274,8 @@ class Detection(Spec):
         rates = f"precision {with_interval(self.precision, self.precision_interval)}"
         rates += f", recall {with_interval(self.recall, self.recall_interval)}"
         n = f"{self.matched:,} of {self.annotated:,} annotated and {self.found:,} found objects of {self.patients_text}"
+        if self.slides_missing:
+            n += f"; without {self.slides_missing:,} annotated slides that have no result"
         lines = [f"{self.name}, {self.split}, by object: F1 {f1}, {rates}, Dice {dice} ({n})"]
         for one in self.called:
             if one.counts is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from slideflow_ray import storage
-from slideflow_ray.cohort import COLUMNS, Item, Split, check_splits, read_cohort
+from slideflow_ray.cohort import COLUMNS, FILES, Item, Split, check_splits, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.identity import identity
 from slideflow_ray.specs import SplitSpec, parts_of
@@ -296,7 +296,7 @@ def write_items(path: Path, items: Sequence[Item]) -> None:
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        places = {name: _from(here, row[name]) for name in ("uri", "annotation", "mask")}
+        places = {name: _from(here, row[name]) for name in FILES}
         writer.writerow({name: safe_cell(value) for name, value in {**row, **places}.items()})
     storage.write_atomic(path, text.getvalue().encode())
 

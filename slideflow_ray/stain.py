@@ -12,7 +12,7 @@ reference; `prepare.restain` is the same on tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal, get_args
@@ -31,7 +31,7 @@ Mask = npt.NDArray[np.bool_]
 Method = Literal["vahadane", "macenko", "reinhard"]
 METHODS: Final = get_args(Method)
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of fits and of what is made of them: a change below gives new fits, and bundles with targets new digests."""
 
 RUIFROK: Final = {"he": ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11)), "pas": ((0.65, 0.70, 0.29), (0.175, 0.972, 0.154))}
@@ -58,6 +58,12 @@ GLASS: Final = 200
 
 GLASS_CHROMA: Final = 30
 """By how much its channels differ at most."""
+
+GLASS_PINK: Final = 8
+"""By how much its green lies below red and blue at most, as that of pale eosin and magenta does by more."""
+
+GLASS_SPREAD: Final = 6
+"""Grey levels about its mode within which glass lies: noise, and uneven light between tiles."""
 
 TILE_PIXELS: Final = 16384
 """Pixels of tissue that count of one tile, evenly spread over it."""
@@ -139,6 +145,11 @@ def stain_name(stain: str | None, modality: str) -> str:
     return (stain or modality).strip().lower().replace("&", "")
 
 
+def stain_numbers(items: Iterable[Any]) -> dict[str, int]:
+    """Return a number for each stain of a cohort's items, by `stain_name`: what may be mixed has the same."""
+    return {name: i for i, name in enumerate(sorted({stain_name(item.stain, item.modality) for item in items}))}
+
+
 def target_of(targets: Mapping[str, StainTarget], stain: str, who: str) -> StainTarget:
     """Return the target for a stain. Raises StainError where there is none: HE is never made to look like PAS."""
     if stain in targets:
@@ -177,19 +188,43 @@ def _dark(white: Three | None) -> Floats:
 
 
 def glass(tiles: Sequence[Pixels]) -> Three | None:
-    """Return what a scanner makes of empty glass: of pixels that are bright and nearly grey each channel's mode.
+    """Return what a scanner makes of empty glass: the median of what tiles, uint8 (..., 3), show of it.
 
-    Glass is a sharp peak; beyond it JPEG overshoots beside every edge, so a high percentile would be too bright. None
-    where such pixels are less than 1 % of all, or white. Without it, a scanner's tinge would be taken for dye.
+    Nothing is brighter than glass, so tiles count whose glass is about as bright as the brightest. None, which means
+    255, where no tile shows any, or it is white. Without it, a scanner's tinge would be taken for dye; with pale
+    tissue in its place, that dye would be taken off everywhere.
     """
-    every = np.concatenate([tile.reshape(-1, 3) for tile in tiles])
-    low, high = every.min(axis=1), every.max(axis=1)
-    bright = every[(low >= GLASS) & (high - low <= GLASS_CHROMA)]
-    if len(bright) < max(MIN_PIXELS, MIN_TISSUE * len(every)):
+    found = np.array([seen for seen in (_glass_of(tile) for tile in tiles) if seen is not None])
+    if not len(found):
         return None
-    counts = (np.bincount(bright[:, c], minlength=256) for c in range(3))
-    red, green, blue = (float(255 - int(n[::-1].argmax())) for n in counts)
+    brightest = found[found.sum(axis=1).argmax()]
+    near = found[(np.abs(found - brightest) <= GLASS_SPREAD).all(axis=1)]
+    red, green, blue = np.median(near, axis=0).tolist()
     return None if red == green == blue == 255 else (red, green, blue)
+
+
+def _glass_of(tile: Pixels) -> Floats | None:
+    """Each channel's mode, (3,), over pixels that are bright, nearly grey and not pink, where that is glass.
+
+    Glass is a sharp peak, 1 % of the tile at least, and little is brighter: JPEG's overshoot beside edges, for which a
+    high percentile would be too bright. Pale tissue is broad instead: much of it is brighter than its mode, and much
+    a little darker.
+    """
+    flat = tile.reshape(-1, 3).astype(np.int16)
+    flat = flat[flat.min(axis=1) >= GLASS - 2 * GLASS_SPREAD]
+    low, high = flat.min(axis=1), flat.max(axis=1)
+    pink = np.minimum(flat[:, 0], flat[:, 2]) - flat[:, 1]
+    bright = flat[(low >= GLASS) & (high - low <= GLASS_CHROMA) & (pink <= GLASS_PINK)]
+    if not len(bright):
+        return None
+    mode = np.array([255 - int(np.bincount(bright[:, c], minlength=256)[::-1].argmax()) for c in range(3)])
+    over, under = (flat - mode).max(axis=1), (mode - flat).max(axis=1)
+    peak = np.count_nonzero((over <= GLASS_SPREAD) & (under <= GLASS_SPREAD))
+    beyond = np.count_nonzero(over > GLASS_SPREAD)
+    below = np.count_nonzero((over <= GLASS_SPREAD) & (under > GLASS_SPREAD) & (under <= 2 * GLASS_SPREAD))
+    if peak < max(MIN_PIXELS, MIN_TISSUE * tile[..., 0].size) or max(2 * beyond, below) > peak / 2:
+        return None
+    return mode.astype(np.float64)
 
 
 def tissue(pixels: Pixels) -> Mask:

@@ -69,13 +69,17 @@ def pack_fits(store: SlideStore, pack: Pack, want: tuple[Method, float]) -> str:
     """Fit the stains of a pack, one fit for the images of one patient, stain and scanner; return the fits' node.
 
     An image without a patient is a group of its own. Of each group up to 16 images are read, evenly spread; those
-    that cannot be are left out. A group whose stains cannot be told has the error in place of a fit.
+    that cannot be are left out. Of a synthetic copy its original is read: noise and mixing are no stain of the slide.
+    A group whose stains cannot be told has the error in place of a fit.
     """
     method, lam = want
     stain = stain_name(pack.example.stain, pack.example.modality)
     groups = _groups(pack.rows)
     of = {"identity": pack.identity, "groups": groups, **determines(stain, method, lam)}
     node = f"stains/{method}-{digest(of)}"
+    if any(row.item.original for row in pack.rows):
+        of["originals"] = True
+        node = f"stains/{method}-{digest(of)}"
     if -1 in groups:
         node = _earlier(store, of) or node
     if store.committed(node):
@@ -111,7 +115,16 @@ def _groups(rows: Sequence[Row]) -> list[int]:
     return found
 
 
+def _originals(rows: Sequence[Row]) -> list[Row]:
+    """The rows, with the original in place of a copy's file; each original once."""
+    if not any(row.item.original for row in rows):
+        return list(rows)
+    files = {row.item.original or row.item.uri: row for row in rows}
+    return [Row(row.item.model_copy(update={"uri": uri}), row.identity) for uri, row in files.items()]
+
+
 def _fit_group(rows: Sequence[Row], want: tuple[Method, float], stain: str) -> dict[str, Any]:
+    rows = _originals(rows)
     picked = np.unique(((np.arange(SAMPLE) + 0.5) * len(rows) / SAMPLE).astype(np.int64))
     tiles, last = [], None
     for i in picked.tolist():

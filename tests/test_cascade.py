@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -27,6 +29,7 @@ from slideflow_ray.run import run
 from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import ObjectSpec, RunSpec
 from slideflow_ray.store import SlideStore, tree_digest
+from slideflow_ray.tables import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (1700, 1200)
@@ -148,6 +151,96 @@ def test_after_a_kill_the_bytes_are_the_same(made, reference, tmp_path):
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert list(strikes.glob("strike-*"))
     assert tree_digest(tmp_path / "out") == tree_digest(reference[0])
+
+
+def kill_one(name: str) -> int:
+    """Kill an actor process of this test's own Ray by the name of its class; return its id, 0 where there is none."""
+    own = [p for p in psutil.Process().children(recursive=True) if f"ray::{name}" in " ".join(p.cmdline() or ())]
+    if own:
+        os.kill(own[-1].pid, signal.SIGKILL)
+    return own[-1].pid if own else 0
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("victim", "at"),
+    [
+        ("GpuScorer", (1,)),
+        pytest.param("GpuScorer", (0, 3, 6), marks=pytest.mark.soak),
+        pytest.param("RemoteReader", (0, 2, 5), marks=pytest.mark.soak),
+    ],
+)
+def test_after_kills_under_ray_the_bytes_are_those_of_inline(victim, at, made, reference, tmp_path, local_ray):
+    killed, seen = [], []
+
+    def listen(event) -> None:
+        if type(event) is ChunkScored:
+            if len(seen) in at:
+                killed.append(kill_one(victim))
+            seen.append(event)
+
+    told = values(made[0], tmp_path / "out", *ALL, kind="ray", readers_per_gpu=1, workers=2)
+    assert run(RunSpec.parse(told, "test"), listen=listen).counts["done"] == 2
+    assert len(killed) == len(at)
+    assert all(killed)
+    assert tree_digest(tmp_path / "out") == tree_digest(reference[0])
+
+
+LESIONS = ("Normal", "FSG", "CGN", "GS")
+
+
+def write_lesions(folder: Path) -> None:
+    """Write a multilabel model: dark green is FSG, dark blue is CGN, darkest red is GS, and none of them is Normal."""
+    card = BundleCard(
+        name="lesions", task="multilabel", architecture="small-cnn", arguments={"width": 4}, classes=LESIONS,
+        tile_px=64, whole="squash", mean=(0.5,) * 3, std=(0.25,) * 3,
+    )  # fmt: skip
+    net = build("small-cnn", {"width": 4}, len(LESIONS))
+    with torch.no_grad():
+        for key, tensor in net.named_parameters():
+            tensor.fill_(1.0 if key.endswith(".1.weight") else 0.0)
+        for conv in (m for m in net.modules() if isinstance(m, torch.nn.Conv2d)):
+            middle = conv.kernel_size[0] // 2
+            for channel in range(3):
+                conv.weight[channel, channel, middle, middle] = 1.0
+        stem = net.features[0][0].weight.zero_()
+        for channel, colour in enumerate((1, 2, 0)):
+            stem[channel, colour, 3, 3] = -1.0
+        net.features[0][1].bias[2] = -1.2
+        net.head.weight[0, :3] = torch.tensor([-12.0, -12.0, -24.0])
+        net.head.weight[1:].fill_diagonal_(20.0)
+        net.head.bias.copy_(torch.tensor([5.0, -5.0, -5.0, -3.0]))
+    write_bundle(folder / "lesions", card, net.state_dict())
+
+
+def test_a_glomerulus_with_two_lesions_counts_in_both_shares_and_a_sclerosed_one_in_its_own(tmp_path):
+    layout = lay_out(np.random.default_rng(5), SIZE, 0.5, mixed=0.4, sclerosed=0.2, kinds=("Normal", "FSG", "CGN"))
+    write_kidney_slide(tmp_path / "raw.tif", layout, stain="pas", seed=1)
+    with open_slide(str(tmp_path / "raw.tif")) as reader:
+        pixels = Image.fromarray((120 + 0.53 * reader.read(0, (0, 0), SIZE)).astype(np.uint8))
+    kinds = [set(one.kind.split("+")) for one in layout.seen]
+    for one, lesions in zip(layout.seen, kinds, strict=True):
+        colour = (10 if "GS" in lesions else 90, 40 if "FSG" in lesions else 200, 40 if "CGN" in lesions else 200)
+        ImageDraw.Draw(pixels).polygon([tuple(p) for p in one.ring_px0.tolist()], fill=colour)
+    write_pyramid(tmp_path / "a.tif", halved(np.asarray(pixels), 3), 0.5)
+    (tmp_path / "cohort.csv").write_text("slide_id,uri,stain,modality,section,patient_id\na,a.tif,pas,tem,2,P\n")
+    write_colours(tmp_path, mpp=2.0)
+    write_lesions(tmp_path)
+    told = values(tmp_path, tmp_path / "out", "discs", "lesions")
+    told["model"][1] |= {"on": "objects:discs", "margin": 0.1}
+    assert run(RunSpec.parse(told, "test")).counts["done"] == 1
+    want = {name: sum(name in lesions for lesions in kinds) for name in LESIONS}
+    assert {"FSG", "CGN"} in kinds
+    assert want["GS"] >= 1
+    assert sum(want.values()) > len(kinds)
+    for row in read_table(tmp_path / "out" / "counts.parquet"):
+        assert row["objects"] == len(kinds)
+        assert {name: row[f"n_lesions_{name}"] for name in LESIONS} == want
+        shares = {name: row[f"share_lesions_{name}"] for name in LESIONS}
+        assert shares == {name: pytest.approx(n / len(kinds)) for name, n in want.items()}
+        assert (row["global_sclerosis"], row["global_sclerosis_share"]) == (want["GS"], shares["GS"])
+    called = sorted(row["called_lesions"] for row in read_table(tmp_path / "out" / "objects.parquet"))
+    assert called == sorted("+".join(name for name in LESIONS if name in lesions) for lesions in kinds)
 
 
 def test_each_stain_goes_to_its_classifier_in_one_run(made, tmp_path):

@@ -13,12 +13,14 @@ from segmenters import write_colours
 
 from slideflow_ray import storage
 from slideflow_ray.accounting import read_run
-from slideflow_ray.cascade import Judge, cascades, told, write_tables
+from slideflow_ray.cascade import Cascade, Found, Judge, cascades, slide_count, told, write_tables
 from slideflow_ray.cohort import Item
 from slideflow_ray.counts import SlideCount, count_rows, counted, share
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.planes import Objects
+from slideflow_ray.report import write_report
 from slideflow_ray.run import run
-from slideflow_ray.specs import CountSpec, RunSpec
+from slideflow_ray.specs import CountSpec, ObjectSpec, RunSpec
 from slideflow_ray.store import SlideStore, tree_digest
 from slideflow_ray.tables import read_table
 
@@ -152,9 +154,11 @@ def test_a_slide_that_cannot_be_read_is_missing_and_the_others_count(tmp_path):
 def test_slides_without_tissue_have_none_and_those_that_failed_are_missing(tmp_path):
     write_kind(tmp_path, "kind")
     slides = {"full": SLIDES["b2"], "blank": ([], {"patient_id": "B"}), "broken": ([], {"patient_id": "B"})}
+    slides["lost"] = ([], {"patient_id": "D"})
     cohort = write_cohort(tmp_path, slides)
     cohort.write_text(cohort.read_text().replace("blank.tif,tem", "blank.tif,he"))
-    (tmp_path / "broken.tif").write_bytes(b"II*\0no")
+    for name in ("broken", "lost"):
+        (tmp_path / f"{name}.tif").write_bytes(b"II*\0no" + name.encode())
     write_colours(tmp_path)
     models = [{"path": str(tmp_path / "discs")}, {"path": str(tmp_path / "kind"), "on": "objects:discs"}]
     values = {"cohort": str(cohort), "out": str(tmp_path / "out"), "model": models, "executor": {"workers": 1}}
@@ -163,8 +167,34 @@ def test_slides_without_tissue_have_none_and_those_that_failed_are_missing(tmp_p
     assert ended["broken"][0] != "done"
     (blank,) = rows(tmp_path / "out", "slide", slide_id="blank")
     assert (blank["objects"], blank["n_kind_dark"], blank["inadequate"]) == (0, 0, True)
-    (patient,) = rows(tmp_path / "out", "patient")
+    patient, lost = rows(tmp_path / "out", "patient")
     assert (patient["slide_id"], patient["objects"], patient["slides"], patient["slides_missing"]) == ("full", 4, 2, 1)
+    assert (lost["patient_id"], lost["objects"], lost["slides"], lost["slides_missing"]) == ("D", None, 0, 1)
+    page = write_report(tmp_path / "out").read_text()
+    assert "1 more without any result" in page
+    assert "not counted; 1 slide without a result" in page
+
+
+def test_every_class_of_global_sclerosis_counts_and_an_object_once():
+    """Two names of one model, another model, and a model that did not run, whose classes are not counted."""
+    both = Judge("both", "b", "multilabel", ("GS", "dark", "Global sclerosis"))
+    other = Judge("other", "o", "classify", ("gs", "rest"))
+    absent = Judge("absent", "a", "classify", ("GS", "rest"))
+    segmentation = Cascade("discs", "d", ("other", "disc"), ("disc",), ObjectSpec(), {}, (both, other, absent))
+    margins = {
+        "both": np.array([[1, 1, 1], [1, -1, -1], [-1, 1, 1], [-1, 1, -1]], np.float32),
+        "other": np.array([[1, 0], [0, 1], [0, 1], [1, 0]], np.float32),
+    }
+    item = Item.parse({"slide_id": "s", "uri": "s.tif"}, "test")
+    n = np.zeros(4)
+    boxes, index = np.ones((4, 4), np.int64), np.ones(4, np.uint8)
+    objects = Objects(("other", "disc"), boxes, n[:, None], n, index, n > 0, np.array([None] * 4))
+    found = Found(item, segmentation, "g", objects, margins)
+    result = slide_count(item, segmentation, found, CountSpec())
+    assert (result.sclerosed, result.objects, result.judged) == (4, 4, True)
+    assert result.called == {
+        "both_GS": 2, "both_dark": 3, "both_Global sclerosis": 2, "other_gs": 2, "other_rest": 2,
+    }  # fmt: skip
 
 
 def test_a_run_without_a_segmentation_has_no_tables(out, tmp_path):
@@ -188,15 +218,47 @@ def test_serial_sections_are_never_added_up():
     slides = [one(f"s{i}", n, stain=stain, section=section) for i, (stain, section, n) in enumerate(
         [("PAS", "1", 9), ("PAS", "1", 11), ("PAS", "2", 11), ("HE", "1", 7), ("HE", None, 3), ("HE", None, 2)]
     )]  # fmt: skip
-    found = counted([*slides, one("q", 1, "Q")], {("glomeruli", "Q"): 2})
-    assert [r.of.objects for r in found if r.level == "section"] == [11, 11, 7, 3, 2, 1]
+    lost = [one(f"l{i}", None, "Q", stain="HE") for i in range(2)]
+    found = counted([*slides, one("q", 1, "Q"), *lost])
+    assert [r.of.objects for r in found if r.level == "section"] == [11, 11, 7, 3, 2, 1, None, None]
     p, q = [r for r in found if r.level == "patient"]
     assert (p.of.slide_id, p.of.objects, p.slides) == ("s1", 11, 6)  # of equals the first
     assert p.others == "s2 (PAS section 2): 11; s3 (HE section 1): 7; s4 (HE): 3; s5 (HE): 2"
     rescanned = next(r for r in found if r.level == "section")
     assert (rescanned.of.slide_id, rescanned.others) == ("s1", "s0 (PAS section 1): 9")
     assert (q.of.objects, q.missing) == (1, 2)
-    assert max(r.of.objects for r in found) == 11
+    assert max(r.of.objects or 0 for r in found) == 11
+
+
+def test_the_section_that_was_judged_counts_even_with_fewer_objects():
+    judged = one("he", 12, stain="HE", judged=True, called={"kind_CGN": 3})
+    slides = [one("pas", 20, stain="PAS"), judged, one("he2", 0, stain="HE")]
+    (row,) = [r for r in count_rows(counted(slides), CountSpec()) if r["level"] == "patient"]
+    assert (row["slide_id"], row["objects"], row["n_kind_CGN"], row["share_kind_CGN"]) == ("he", 12, 3, 0.25)
+    assert row["others"] == "pas (PAS): 20; he2 (HE): 0"
+    rescans = [one("r1", 9, section="1"), one("r2", 7, section="1", judged=True)]
+    assert [r.of.slide_id for r in counted(rescans) if r.level != "slide"] == ["r2", "r2"]
+
+
+def test_what_has_no_result_is_missing_at_its_section_and_its_patient():
+    slides = [
+        one("a", 11, stain="HE", section="1"),
+        one("a_again", None, stain="HE", section="1"),
+        one("b", None, stain="PAS", section="2"),
+        one("q", None, "Q", stain="PAS", split="test", lone=True),
+    ]
+    rows = list(count_rows(counted(slides), CountSpec()))
+    assert [(r["level"], r["slide_id"], r["stain"], r["objects"], r["slides"], r["slides_missing"]) for r in rows] == [
+        ("slide", "a", "HE", 11, 1, 0),
+        ("section", "a", "HE", 11, 1, 1),
+        ("section", None, "PAS", None, 0, 1),
+        ("section", None, "PAS", None, 0, 1),
+        ("patient", "a", "HE", 11, 1, 2),
+        ("patient", None, None, None, 0, 1),
+    ]
+    assert (rows[-1]["patient_id"], rows[-1]["split"], rows[-1]["slide_without_patient"]) == ("Q", "test", True)
+    assert (rows[-1]["inadequate"], rows[-1]["at_edge"], rows[-1]["others"]) == (None, None, "")
+    assert rows[4]["others"] == ""
 
 
 def test_two_segmentations_do_not_mix():

@@ -21,6 +21,7 @@ from slideflow_ray.detection import detect, match, overlaps, truths
 from slideflow_ray.errors import AnnotationError
 from slideflow_ray.evaluate import evaluate
 from slideflow_ray.metrics import rate_interval
+from slideflow_ray.report import write_report
 from slideflow_ray.results import DETECTION, read_evaluation
 from slideflow_ray.specs import ObjectSpec
 from slideflow_ray.store import SlideStore, tree_digest
@@ -211,6 +212,49 @@ def test_slides_annotated_for_something_else_and_models_that_did_not_run_do_not_
     assert [r["n_kind_dark"] for r in rows(out, "counts", level="slide")] == [1, 1, None]
 
 
+def test_a_model_on_objects_is_judged_by_object_in_words_too(out):
+    found = read_evaluation(out)
+    (kind,) = [r for r in found.results if (r.name, r.level, r.split) == ("kind", "tile", "test")]
+    assert "by object: AUC" in kind.sentence
+    assert "negative objects of" in kind.sentence
+    page = write_report(out).read_text()
+    assert "by object, AUC" in page
+    assert "Highest object" in page
+    assert "share of its objects" in page
+    assert "objects of the test split" in page
+    assert [said for said in SAID if said in page] == []
+    (result,) = [d for d in found.detections if d.split == "test"]
+    low, high = result.called[0].kappa_interval
+    assert low <= result.called[0].kappa <= high
+    assert f"{low:.3f} to {high:.3f}" in page
+
+
+SAID = ("by tile", "Highest tile", "Tiles on test", "tiles of the test split", "share of its tiles")
+
+
+def test_annotated_slides_without_a_result_are_said(out):
+    """A slide whose run failed is in no rate: in the result, on the terminal and in the report."""
+    path = out / "run.json"
+    kept = path.read_bytes()
+    record = json.loads(kept)
+    for name in ("test0", "val6"):
+        record["outcomes"][name] |= {"status": "failed", "code": "E_READ"}
+    try:
+        path.write_text(json.dumps(record))
+        found = evaluate(out, resamples=10)
+        (result,) = [d for d in found.detections if d.split == "test"]
+        assert (result.slides, result.slides_missing, result.matched) == (N, 1, result.annotated)
+        said = "discs: 1 annotated slides of test with 5 objects have no result and are in none of its rates: test0."
+        assert said in found.notes
+        assert "; without 1 annotated slides that have no result" in found.summary()
+        page = write_report(out).read_text()
+        assert "1 more without a result" in page
+        assert said in page
+    finally:
+        path.write_bytes(kept)
+        evaluate(out, resamples=200)
+
+
 def test_what_is_annotated_for_another_model_alone_is_left_out(out):
     """No glomerulus was drawn, so none is spurious."""
     paths = {name: out.parent / f"{name}.geojson" for name in ("test4", "test5")}
@@ -305,6 +349,27 @@ def test_an_outline_and_the_lesion_drawn_on_it_are_one_object():
     assert drawn[0].shape.equals(around)
     assert not drawn[0].is_box
     assert {t.found for t in drawn} == {"glomerulus"}
+
+
+def test_a_lesion_inside_an_outline_is_part_of_that_object():
+    """A segment and a cell of it, a crescent that sticks out by less than half, and what lies outside by more."""
+    one = cascade(("glomerulus",), Judge("kind", "k", "multilabel", ("Normal", "FSG", "CGN")))
+    around, beside = shapely.Point(50, 50).buffer(20), shapely.Point(85, 50).buffer(16)
+    regions = [
+        Region("FSG", shapely.Point(56, 50).buffer(8)),
+        Region("Glomerulus", around),
+        Region("Normal", beside),
+        Region("CGN", shapely.box(45, 62, 55, 74)),
+        Region("FSG", shapely.Point(58, 52).buffer(2)),
+        Region("CGN", shapely.box(45, 20, 55, 33)),
+    ]
+    drawn, _ = truths(regions, one, {"FSG": "glomerulus"})
+    assert [t.shape.bounds for t in drawn] == [r.geometry.bounds for r in (regions[1], regions[2], regions[5])]
+    assert [t.called.get("kind", ()) for t in drawn] == [("FSG", "CGN"), ("Normal",), ("CGN",)]
+    two = cascade(("glomerulus", "tubule"), Judge("kind", "k", "classify", ("Normal", "FSG")))
+    nested = [Region("glomerulus", around), Region("tubule", regions[0].geometry), Region("FSG", regions[4].geometry)]
+    drawn, _ = truths(nested, two, {})
+    assert [(t.found, t.called.get("kind", ())) for t in drawn] == [("glomerulus", ("FSG",)), ("tubule", ())]
 
 
 def test_with_several_kinds_of_objects_a_lesion_may_lie_on_any():

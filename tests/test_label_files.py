@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from slideflow_ray import cli, label_files
-from slideflow_ray.cohort import read_cohort
-from slideflow_ray.collect import collect, with_labels
+from slideflow_ray.cohort import Item, read_cohort
+from slideflow_ray.collect import collect, describe, with_labels
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.label_files import CHINESE, label_lines, label_of, read_labels
+from slideflow_ray.train.images import image_labels, left_out
+from slideflow_ray.train.spec import TrainJob
 
 ROW = {"image_name": "0496052bb_1.png", "正常肾小球": 1, "节段性硬化": 0, "系膜细胞增生": 0, "新月体形成": 0}
 """As the source's figure has it."""
@@ -193,7 +195,7 @@ def test_a_folder_and_its_labels_become_a_cohort(images, write, tmp_path, capsys
     assert "no label: extra.png" in said.err
     items = {Path(item.uri).relative_to(images).as_posix(): item for item in read_cohort(out)}
     assert {name: item.label for name, item in items.items()} == {
-        name: label_of(TRUTH.get(name, ())) or None for name in [*TRUTH, "extra.png"]
+        name: (label_of(TRUTH[name]) or "none") if name in TRUTH else None for name in [*TRUTH, "extra.png"]
     }
     assert items["he/7_1.png"].patient_id == "7"
     with out.open(newline="") as file:
@@ -208,7 +210,30 @@ def test_images_may_be_named_by_file_name_or_stem(images):
     text = {"0496052bb_1": ("Normal",), "7_1.png": ("FSG",), "images/he/7_2.png": ()}
     labels = label_files.Labels("l.json", ("Normal", "FSG"), text, dict.fromkeys(text, 1))
     given = {s.name: s.label for s in with_labels(found, labels).slides if s.label is not None}
-    assert given == {"0496052bb_1.png": "Normal", "he/7_1.png": "FSG", "he/7_2.png": ""}
+    assert given == {"0496052bb_1.png": "Normal", "he/7_1.png": "FSG"}
+
+
+def test_zeros_alone_are_a_judgement_where_classes_are_judged_one_by_one(images):
+    """In a one-hot file they say nothing, and are named; with an image of two classes they say "none of these"."""
+    found = collect(images)
+    text = {"7_1.png": ("FSG",), "7_2.png": ()}
+    one_hot = with_labels(found, label_files.Labels("l.json", ("FSG", "CGN"), text, dict.fromkeys(text, 1)))
+    assert {s.name: s.label for s in one_hot.slides if s.label is not None} == {"he/7_1.png": "FSG"}
+    assert one_hot.blank == ("he/7_2.png",)
+    assert any(line.startswith("a label of zeros alone") and "he/7_2.png" in line for line in describe(one_hot))
+    assert not any(line == "no label: he/7_2.png" for line in describe(one_hot))
+    text = {"7_1.png": ("FSG", "CGN"), "7_2.png": ()}
+    judged = with_labels(found, label_files.Labels("l.json", ("FSG", "CGN"), text, dict.fromkeys(text, 1)))
+    labels = {s.name: s.label for s in judged.slides if s.label is not None}
+    assert labels == {"he/7_1.png": "FSG+CGN", "he/7_2.png": "none"}
+    assert judged.blank == ()
+    values = {"cohort": "c", "out": "o", "work": "w", "classes": ["FSG", "CGN"], "whole": {"tile_px": 8, "fit": "pad"}}
+    items = [Item(slide_id=name, uri="x.png", label=label) for name, label in labels.items()]
+    several = TrainJob.parse({**values, "task": "multilabel"}, "test")
+    hot = {i.slide_id: row for i, row in zip(items, image_labels(several, items).tolist(), strict=True)}
+    assert hot == {"he/7_1.png": [1, 1], "he/7_2.png": [0, 0]}
+    assert left_out(several, items) == ""  # it was said on purpose
+    assert "no class (none)" in left_out(TrainJob.parse(values, "test"), items)
 
 
 @pytest.mark.parametrize(

@@ -474,3 +474,19 @@ def test_counts_have_kappa():
     called = [1] * 20 + [0] * 5 + [1] * 10 + [0] * 65
     assert counts.kappa == pytest.approx(sk.cohen_kappa_score(truth, called))
     assert math.isnan(m.Counts(tn=5).kappa)
+
+
+def test_the_interval_of_kappa_draws_patients():
+    """Against scikit-learn's kappa of each resample, written out."""
+    rng = np.random.default_rng(3)
+    tables = [rng.multinomial(20, rng.dirichlet([4, 1, 1, 1, 4, 1, 1, 1, 4])).reshape(3, 3) for _ in range(9)]
+    slow = []
+    for weights in m.resample_weights(9, 60, 5):
+        total = sum(int(w) * table for w, table in zip(weights, tables, strict=True))
+        truth, called = (np.repeat(np.indices((3, 3))[axis].ravel(), total.ravel()) for axis in (0, 1))
+        slow.append(sk.cohen_kappa_score(truth, called))
+    found = m.kappa_interval(tables, resamples=60, seed=5)
+    np.testing.assert_allclose(found, np.quantile(slow, [0.025, 0.975]), atol=1e-12)
+    assert m.kappa_interval(tables[:4]) is None
+    one_class = [np.diag([5, 0, 0])] * 9
+    assert m.kappa_interval(one_class) is None  # chance agrees always

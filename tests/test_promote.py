@@ -19,6 +19,7 @@ from slideflow_ray.models.bundle import forward_digest
 from slideflow_ray.models.service import history, read_current, resolve, version_of
 from slideflow_ray.promote import Decision, Terms, check_unseen, flattered, promote, undo
 from slideflow_ray.specs import ExecutorSpec
+from slideflow_ray.train.images import LEAKING
 
 QUICK = Settings(benchmark=False, resamples=200, executor=ExecutorSpec(workers=1))
 
@@ -272,3 +273,19 @@ def test_terms_are_checked():
         with pytest.raises(ConfigError):
             Terms(**terms)
     assert "Refused" in Decision(False, "worse", "v").summary()
+
+
+def test_one_that_was_trained_on_a_leaking_split_is_refused_unless_said(folder, model, tmp_path):
+    before = everything(model)
+    leaking = shutil.copytree(folder / "good", tmp_path / "leaking")
+    (leaking / "training.json").write_text(json.dumps({"leaking": LEAKING, "data": {}}))
+    with pytest.raises(SplitLeakError, match="trained on a LEAKING split"):
+        promote(leaking, model, folder / "cohort.csv", settings=QUICK)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["promote", str(leaking), "--into", str(model), "--cohort", str(folder / "cohort.csv")])
+    assert left.value.code == 2
+    assert everything(model) == before
+    decision = promote(leaking, model, folder / "cohort.csv", Terms(leaking=True), QUICK)
+    assert decision.accepted
+    assert any("LEAKING" in note for note in decision.notes)
+    assert "LEAKING" in decision.summary()

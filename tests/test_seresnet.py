@@ -141,6 +141,10 @@ def test_the_presets_of_the_paper_and_of_its_reference():
     assert (fit.architecture, fit.arguments, fit.batch_size, fit.lr) == ("se-resnet", {"variant": "F"}, 16, 1e-4)
     assert (fit.optimiser, fit.milestones, fit.gamma, fit.epochs, fit.freeze) == ("adam", (60, 120, 160), 0.2, 200, 0)
     assert (final.whole.tile_px, final.tile) == (224, None)
+    more = fit.augment
+    assert (fit.class_weights, fit.keep, fit.dropout) == ("none", "accuracy", 0.5)
+    assert (more.brightness, more.contrast, more.saturation, more.hue, more.stain) == (0, 0, 0, 0, 0)
+    assert (more.noise, more.rotate_deg, more.mixup, more.turn) == ((5 / 255, 15 / 255), 30.0, 0.4, True)
     ref = read_job({**NEEDED, "preset": "ref19"}, "test")[0].fit
     assert (ref.arguments["variant"], ref.optimiser, ref.nesterov, ref.momentum) == ("A", "sgd", True, 0.9)
     assert (ref.lr, ref.gamma, ref.weight_decay, ref.batch_size) == (0.1, 0.2, 1e-4, 128)

@@ -15,6 +15,7 @@ from slideflow_ray.errors import BundleError, StainError
 from slideflow_ray.models.bundle import BundleCard, forward_digest, load_weights, read_card, write_bundle
 from slideflow_ray.models.networks import load_network
 from slideflow_ray.models.scorer import make_scorer
+from slideflow_ray.phantoms.kidney import glomerulus_picture
 from slideflow_ray.prepare import restain, restained, to_tensor
 from slideflow_ray.profile import resolve
 from slideflow_ray.specs import ComputeSpec
@@ -266,6 +267,38 @@ def test_the_tinge_of_a_scanner_s_glass_is_not_taken_for_dye(method):
         assert np.abs(got - normalise(colours, one, other)).max() <= 1
     with pytest.raises(ValueError, match="reinhard"):
         StainFit(method="reinhard", mean=(1, 2, 3), std=(1, 1, 1), white=(240, 240, 240))
+
+
+def pale(seed: int, matrix: np.ndarray, light: tuple[int, int, int], mean: float, spread: float) -> np.ndarray:
+    """Tissue all over, a little of the second dye everywhere and few nuclei: nothing of it is glass."""
+    rng = np.random.default_rng(seed)
+    dyes = amounts(seed, 128)
+    ground = ndimage.gaussian_filter(rng.random((128, 128)), 3)
+    dyes[..., 1] = np.clip(mean + spread * (ground - ground.mean()) / ground.std(), 0.01, None)
+    clear = picture(dyes, matrix, seed, noise=1.5)
+    return np.rint(clear / 255.0 * np.array(light)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("vectors", [RUIFROK, SCANNER_B], ids=["ruifrok", "scanner B"])
+@pytest.mark.parametrize("name", ["he", "pas"])
+@pytest.mark.parametrize("light", [(255, 255, 255), (246, 245, 247), (240, 238, 222)])
+def test_pale_tissue_is_not_taken_for_glass(name, vectors, light):
+    """Without any glass it is not known, that is 255; one tile that shows some says it for all the others."""
+    matrix = unit(vectors[name])
+    for mean, spread in ((0.1, 0.04), (0.15, 0.06), (0.25, 0.06)):
+        tiles = [pale(seed, matrix, light, mean, spread) for seed in range(4)]
+        assert stain.glass(tiles) is None
+        shown = np.rint(picture(amounts(9, 128), matrix, noise=1) / 255.0 * np.array(light)).astype(np.uint8)
+        assert stain.glass([*tiles, shown]) == (None if light == (255, 255, 255) else light)
+    dim = np.rint(shown * 0.9).astype(np.uint8)  # light that falls off, or glass under a smear
+    assert stain.glass([dim, *tiles, shown]) == stain.glass([shown])
+
+
+@pytest.mark.parametrize(("scanner", "light"), [("A", (246, 245, 247)), ("B", (240, 238, 226))])
+@pytest.mark.parametrize("name", ["he", "pas"])
+def test_the_phantoms_glass_is_seen_in_their_crops(name, scanner, light):
+    crops = [glomerulus_picture("Normal", stain=name, scanner=scanner, seed=seed, side_px=256) for seed in range(4)]
+    np.testing.assert_allclose(stain.glass(crops), light, atol=2)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from test_stain import amounts, picture, unit
 
 from slideflow_ray import cli
 from slideflow_ray.accounting import read_run
@@ -22,15 +24,20 @@ from slideflow_ray.errors import CohortError, ConfigError
 from slideflow_ray.evaluate import evaluate
 from slideflow_ray.models.bundle import load_weights, read_card
 from slideflow_ray.models.networks import build
+from slideflow_ray.packs import pack_items
 from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec, WholeSpec
+from slideflow_ray.splits import write_items
+from slideflow_ray.stain import RUIFROK, stain_numbers
+from slideflow_ray.staining import pack_fits, read_fits
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train import job as job_module
 from slideflow_ray.train.choose import SearchSpec, search
 from slideflow_ray.train.enlarge import enlarge
 from slideflow_ray.train.images import image_labels, left_out
 from slideflow_ray.train.job import prepare, train
-from slideflow_ray.train.spec import TrainJob
+from slideflow_ray.train.loop import best_of
+from slideflow_ray.train.spec import TrainJob, read_job
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))
 import table1
@@ -287,6 +294,65 @@ def test_a_copy_is_what_its_number_says(tmp_path):
     taken = items[0].model_copy(update={"slide_id": "0~1"})
     with pytest.raises(CohortError, match="0~1"):
         enlarge([*items, taken], 1, tmp_path / "other", WholeSpec(tile_px=16, fit="squash"), 0)
+
+
+def test_without_a_stain_the_modality_tells_what_may_be_mixed(tmp_path):
+    """HE and PAS by the column `modality` alone: never mixed, on the fly or beforehand."""
+    items = []
+    for i, (stain, modality) in enumerate([(None, "he"), (None, "he"), (None, "pas"), ("PAS", "he"), ("H&E", "pas")]):
+        Image.fromarray(np.full((16, 16, 3), 30 + 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        about = {"stain": stain, "modality": modality, "label": "a", "split": "train", "patient_id": f"p{i}"}
+        items.append(Item(slide_id=str(i), uri=str(tmp_path / f"{i}.png"), **about))
+    assert stain_numbers(items) == {"he": 0, "pas": 1}
+    copies = [c for c in enlarge(items, 3, tmp_path / "more", WholeSpec(tile_px=16, fit="squash"), 0) if "~3" in c.uri]
+    partners = {0: {1, 4}, 1: {0, 4}, 2: {3}, 3: {2}, 4: {0, 1}}
+    for i, copy in enumerate(copies):
+        grey = int(np.asarray(Image.open(copy.uri))[0, 0, 0])
+        between = [j for j in partners[i] if min(30 + 40 * i, 30 + 40 * j) <= grey <= max(30 + 40 * i, 30 + 40 * j)]
+        assert between
+        assert copy.original == items[i].uri
+    job = job_of(tmp_path / "c.csv", tmp_path, classes=["a", "b"])
+    write_items(tmp_path / "c.csv", items)
+    chunks = prepare(job).chunks["train"]
+    numbers = {row.item.slide_id: c.stain for c in chunks for row in c.chunk.item.rows}
+    assert numbers == {"0": 0, "1": 0, "2": 1, "3": 1, "4": 0}
+
+
+def test_copies_have_the_stains_of_their_originals(tmp_path):
+    """The fit of a group is that of its originals, whether these lie in the same pack or not."""
+    rng = np.random.default_rng(0)
+    items = []
+    for i in range(3):
+        pixels = picture(amounts(i, 96), unit(RUIFROK["he"]), i)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        items.append(Item(slide_id=str(i), uri=str(tmp_path / f"{i}.png"), patient_id="p", label="a", split="train"))
+    copies = enlarge(items, 4, tmp_path / "more", WholeSpec(tile_px=64, fit="squash"), int(rng.integers(9)))
+
+    def fits(name, rows):
+        [pack] = pack_items(tmp_path / name, rows).packs
+        store = SlideStore(tmp_path / name, pack.slide_id)
+        store.describe({"kind": "pack", "identity": pack.identity})
+        return store, read_fits(str(tmp_path / name), pack.slide_id, pack_fits(store, pack, ("vahadane", 0.1))).rows
+
+    alone = fits("alone", items)[1]
+    assert set(fits("both", [*items, *copies])[1]) == set(alone)
+    assert set(fits("copies", copies)[1]) == set(alone)
+    plain = [copy.model_copy(update={"original": None}) for copy in copies]
+    assert set(fits("plain", plain)[1]) != set(alone)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["paper-final", "ref19"])
+def test_the_presets_train_on_small_crops(name, few, tmp_path):
+    fit = {"weights": "random", "epochs": 2, "batch_size": 16, "threads": 1, "device": "cpu"}
+    own = {"cohort": str(few), "out": str(tmp_path / "b"), "work": str(tmp_path / "w"), "classes": CLASSES}
+    whole = {"tile_px": 32, "fit": "squash"}
+    values = {**own, "preset": name, "whole": whole, "fit": fit, "executor": {"workers": 1}}
+    result = train(read_job(values, "test")[0])
+    assert len(result.history) == 2
+    assert result.best_epoch == best_of(result.history, "accuracy")
+    assert all(math.isfinite(epoch.train_loss) for epoch in result.history)
+    assert read_card(result.bundle).arguments["variant"] == {"paper-final": "F", "ref19": "A"}[name]
 
 
 def test_the_paper_s_split_leaks_and_says_so_everywhere(few, tmp_path):

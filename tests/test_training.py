@@ -196,6 +196,33 @@ def test_training_ends_when_the_loss_on_validation_falls_no_more(monkeypatch):
     assert trained.best_epoch == 1
 
 
+def test_the_most_accurate_epoch_may_be_kept_of_equals_that_of_lower_loss(monkeypatch):
+    values = [(1.0, 0.5), (3.0, 0.75), (2.0, 0.75), (2.0, 0.75), (0.5, math.nan), (0.1, 0.7)]
+    left = iter([Validation(loss, accuracy, 0.5) for loss, accuracy in values])
+    monkeypatch.setattr(loop, "validate", lambda *_: next(left))
+    trained = fit(card(), spec(epochs=6, keep="accuracy"), textures(32, 1), textures(16, 2))
+    assert trained.best_epoch == 2
+    assert loop.best_of(trained.history) == 5
+    assert [loop.best_of(trained.history[: n + 1], "accuracy") for n in range(6)] == [0, 1, 2, 2, 2, 2]
+    assert loop.is_over(spec(epochs=9, keep="accuracy", patience=3), list(trained.history))
+    assert not loop.is_over(spec(epochs=9, patience=3), list(trained.history))
+
+
+def test_noise_may_have_a_least_and_a_most(monkeypatch):
+    tile = torch.full((3, 64, 64), 128, dtype=torch.uint8)
+    both = AugmentSpec.model_validate({**OFF, "noise": [5 / 255, 15 / 255]})
+    found = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        found.append(float(augmentation(both)(tile).float().std()))
+    noisy = np.array([sigma for sigma in found if sigma > 0])
+    assert 25 < len(noisy) < 75  # a quarter of the tiles
+    assert (noisy.min(), noisy.max()) == pytest.approx((5, 15), abs=0.8)
+    assert AugmentSpec.model_validate({**OFF, "noise": [0, 0]}).changes_nothing
+    with pytest.raises(ValueError, match="smallest standard deviation"):
+        AugmentSpec.model_validate({"noise": [0.1, 0.05]})
+
+
 # augmentation
 
 

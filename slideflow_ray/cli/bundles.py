@@ -74,6 +74,9 @@ def promote(
     ] = False,
     point: Annotated[str, typer.Option(help="Rule of the operating points that go along.")] = "youden",
     split: Annotated[SplitName, typer.Option(help="The slides to judge on.")] = SplitName.val,
+    leaking: Annotated[
+        bool, typer.Option("--even-if-leaking", help="Take one that was trained on a leaking split too.")
+    ] = False,
     undo: Annotated[bool, typer.Option("--undo", help="Go back to the version before.")] = False,
     executor: Annotated[ExecutorName, typer.Option(help="inline, or ray.")] = ExecutorName.inline,
     workers: Annotated[int, typer.Option(min=0, help="0: one for each core or GPU.")] = 0,
@@ -95,7 +98,7 @@ def promote(
         return
     if candidate is None or cohort is None:
         raise ConfigError("Name a candidate and --cohort, or say --undo.", next_step="slideflow-ray promote --help")
-    terms = Terms(rule.value, margin, interval, point)
+    terms = Terms(rule.value, margin, interval, point, leaking)
     settings = _settings(split, executor, workers, precision, benchmark=False)
     decision = promote_(candidate, into, cohort, terms, settings, to_stderr())
     typer.echo(json.dumps(decision.to_json()) if as_json else decision.summary())

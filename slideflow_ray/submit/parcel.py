@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from slideflow_ray import storage
-from slideflow_ray.cohort import COLUMNS, Item, read_cohort
+from slideflow_ray.cohort import COLUMNS, FILES, Item, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.models.bundle import CARD, WEIGHTS, read_card
 from slideflow_ray.models.service import in_service
@@ -33,7 +33,6 @@ SAMPLE = 20
 """So many uris are tried on the cluster before a job begins."""
 KEPT = (".json", ".jsonl", ".md", ".txt")
 """Files of a bundle that go along beside its weights."""
-FILES = ("uri", "annotation", "mask")
 """Columns of the cohort that name files."""
 
 

@@ -72,7 +72,8 @@ def _colour(spec: AugmentSpec) -> list[Any]:
     if spec.stain:
         steps.append(v2.RandomApply([v2.Lambda(partial(_unless_mask, jitter_stain, spec.stain))], p=0.25))
     if spec.noise:
-        steps.append(v2.RandomApply([v2.Lambda(partial(_unless_mask, _grain, spec.noise))], p=0.25))
+        noise = spec.noise if isinstance(spec.noise, tuple) else (0.0, spec.noise)
+        steps.append(v2.RandomApply([v2.Lambda(partial(_unless_mask, _grain, noise))], p=0.25))
     return steps
 
 
@@ -106,15 +107,16 @@ class _Moved(torch.nn.Module):
         return cut if len(cut) > 1 else cut[0]
 
 
-def _unless_mask(change: Callable[[float, torch.Tensor], torch.Tensor], by: float, tile: torch.Tensor) -> torch.Tensor:
+def _unless_mask[By](change: Callable[[By, torch.Tensor], torch.Tensor], by: By, tile: torch.Tensor) -> torch.Tensor:
     """Colours are of tiles, never of masks."""
     from torchvision import tv_tensors
 
     return tile if isinstance(tile, tv_tensors.Mask) else change(by, tile)
 
 
-def _grain(most: float, tile: torch.Tensor) -> torch.Tensor:
-    sigma = 255 * most * float(torch.rand(()))
+def _grain(between: tuple[float, float], tile: torch.Tensor) -> torch.Tensor:
+    least, most = between
+    sigma = 255 * (least + (most - least) * float(torch.rand(())))
     return (tile + sigma * torch.randn(tile.shape)).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -1,14 +1,18 @@
-"""Choosing among trainings by the lowest validation loss (source 003's rule): of architectures, or of settings."""
+"""Choosing among trainings, of architectures or of settings, by validation: as `fit.keep` chooses among epochs.
+
+By default by the lowest loss (source 003's rule), or by the highest accuracy (source 001's).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import ray
 from pydantic import Field
@@ -20,10 +24,12 @@ from slideflow_ray.execute.cluster import connect
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
 from slideflow_ray.specs import ExecutorSpec, Positive, Spec, digest
 from slideflow_ray.train.job import Data, TrainResult, card_of, check_out, prepare, train
-from slideflow_ray.train.loop import EpochResult, Progress, fit
+from slideflow_ray.train.loop import EpochResult, Progress, Validation, fit, rank
 from slideflow_ray.train.record import CURVES, METRICS, RECORD, data_record, versions
 from slideflow_ray.train.spec import Percent, TrainJob, TrainSpec
 from slideflow_ray.train.weights import find_weights
+
+RULES = {"loss": "lowest validation loss", "accuracy": "highest validation accuracy"}
 
 
 class SearchSpec(Spec):
@@ -46,13 +52,21 @@ class SearchSpec(Spec):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One training among others: what set it apart, and its lowest validation loss with the epoch's other values."""
+    """One training among others: what set it apart, and the validation of the epoch that it kept."""
 
     settings: Mapping[str, Any]
     loss: float
     accuracy: float
     auc: float | None
     epoch: int
+
+    def rank(self, keep: Literal["loss", "accuracy"]) -> tuple[float, float]:
+        """Return what is lowest for the training that `keep` prefers, as among epochs."""
+        return rank(Validation(self.loss, self.accuracy, math.nan), keep)
+
+    def value(self, keep: Literal["loss", "accuracy"]) -> float:
+        """Return what was compared."""
+        return self.loss if keep == "loss" else self.accuracy
 
     def to_json(self) -> dict[str, Any]:
         """Return what the record says of it; epochs count from 0 there."""
@@ -63,7 +77,7 @@ class Candidate:
 def choose(
     job: TrainJob, architectures: Sequence[str], listen: Listener = silent, **record: Any
 ) -> tuple[TrainResult, list[Candidate]]:
-    """Train each architecture, keep the one of lowest validation loss as the job's bundle.
+    """Train each architecture, keep the best by validation (see `fit.keep`) as the job's bundle.
 
     The others stay as bundles below `job.work`/candidates. The record of the kept one has the
     values of all. Test slides are not read.
@@ -82,9 +96,10 @@ def choose(
         out = candidates(job, [name])[name]
         results.append(train(job.model_copy(update={"fit": fit_, "out": str(out), "overwrite": True}), listen, data))
         found.append(_candidate({"architecture": name}, results[-1].best))
-    best = min(found, key=lambda c: c.loss)
-    listen(Noted(f"Lowest validation loss: {best.settings['architecture']} ({best.loss:.4f})"))
-    record["choice"] = {"rule": "lowest validation loss", "candidates": [c.to_json() for c in found]}
+    best = min(found, key=lambda c: c.rank(job.fit.keep))
+    rule = RULES[job.fit.keep]
+    listen(Noted(f"{rule.capitalize()}: {best.settings['architecture']} ({best.value(job.fit.keep):.4f})"))
+    record["choice"] = {"rule": rule, "candidates": [c.to_json() for c in found]}
     return adopt(results[found.index(best)], job, record), found
 
 
@@ -142,9 +157,10 @@ def search(job: TrainJob, spec: SearchSpec, listen: Listener = silent) -> tuple[
         kept = _tuned(job, spec, grid, data)
         storage.write_atomic(note, storage.to_json(kept))
     found = [Candidate(**values) for values in kept]
-    best = min(found, key=lambda c: c.loss)
-    listen(Noted(f"Lowest validation loss {best.loss:.4f} with {_said(best.settings)}"))
-    record = {"rule": "lowest validation loss", "candidates": [c.to_json() for c in found]}
+    best = min(found, key=lambda c: c.rank(job.fit.keep))
+    rule = RULES[job.fit.keep]
+    listen(Noted(f"{rule.capitalize()} {best.value(job.fit.keep):.4f} with {_said(best.settings)}"))
+    record = {"rule": rule, "candidates": [c.to_json() for c in found]}
     fit_ = TrainSpec.parse({**job.fit.model_dump(), **best.settings}, "the settings found")
     return train(job.model_copy(update={"fit": fit_}), listen, data, choice=record), found
 

@@ -20,6 +20,7 @@ from slideflow_ray.cohort import Item, check_unique
 from slideflow_ray.identity import identity
 from slideflow_ray.packs import Row, read_image
 from slideflow_ray.specs import WholeSpec, digest
+from slideflow_ray.stain import stain_name
 from slideflow_ray.store import folder_name
 from slideflow_ray.train.augment import seed_of
 
@@ -39,14 +40,15 @@ Pixels = npt.NDArray[np.uint8]
 def enlarge(items: Sequence[Item], times: int, folder: Path, whole: WholeSpec, seed: int) -> list[Item]:
     """Write `times` images for each labelled one below `folder`; return their rows of the cohort, not the originals'.
 
-    A copy is a PNG of `whole.tile_px`, has its original's patient, label, stain and split, and the name
-    ORIGINAL~1, ORIGINAL~2, ... Mixing is with another image of the same label, stain and split. The same images,
+    A copy is a PNG of `whole.tile_px`, has its original's patient, label, stain and split, names its file in the column
+    `original`, and is called ORIGINAL~1, ORIGINAL~2, ... Mixing is with another image of the same label, split and
+    stain (which the modality tells where the column `stain` is empty). The same images,
     settings and seed give the same bytes, which are written once. Raises SlideError for an image that cannot be read,
     CohortError where a name is taken.
     """
     items = [item for item in items if item.label]
     known = {item.slide_id: identity(item.uri) for item in items}
-    rows = [[i.slide_id, known[i.slide_id], i.label, i.stain, i.split] for i in items]
+    rows = [[i.slide_id, known[i.slide_id], *_kind(i)] for i in items]
     place = folder / digest([METHOD, rows, times, whole.model_dump(), seed])
     alike: dict[tuple[str | None, ...], list[Item]] = {}
     for item in items:
@@ -63,12 +65,12 @@ def enlarge(items: Sequence[Item], times: int, folder: Path, whole: WholeSpec, s
 
 
 def _kind(item: Item) -> tuple[str | None, ...]:
-    return item.label, item.stain, item.split
+    return item.label, stain_name(item.stain, item.modality), item.split
 
 
 def _row(item: Item, k: int, path: Path) -> Item:
     changed = {"slide_id": f"{item.slide_id}~{k + 1}", "uri": str(path.absolute()), "patient_id": item.patient}
-    return item.model_copy(update={**changed, "sha256": None, "annotation": None, "mask": None})
+    return item.model_copy(update={**changed, "original": item.uri, "sha256": None, "annotation": None, "mask": None})
 
 
 def _copy(item: Item, k: int, alike: Sequence[Item], known: Mapping[str, str], whole: WholeSpec, seed: int) -> Pixels:

@@ -13,9 +13,11 @@ from slideflow_ray.annotations import class_of, classes_of
 from slideflow_ray.cohort import Item, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import Listener, Noted
+from slideflow_ray.label_files import NONE
 from slideflow_ray.packs import Pack, pack_items
 from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.splits import with_splits, write_items
+from slideflow_ray.stain import stain_name, stain_numbers
 from slideflow_ray.train.enlarge import enlarge
 from slideflow_ray.train.spec import TrainJob
 from slideflow_ray.train.tiles import LabelledChunk, Labels
@@ -39,13 +41,13 @@ def labelled_images(
     """
     packed = pack_items(Path(context.out), items)
     wanted = {item.slide_id for item in items if item.split == split}
-    stains = {stain: i for i, stain in enumerate(sorted({item.stain or "" for item in items}))}
+    stains = stain_numbers(items)
     rows = context.store.rows(job.shape.tile_px)
     found = []
     for pack in packed.packs:
         grid = _grid_of(pack, result.packs)
         labels = image_labels(job, [row.item if row.item.slide_id in wanted else None for row in pack.rows])
-        stain = stains[pack.example.stain or ""]
+        stain = stains[stain_name(pack.example.stain, pack.example.modality)]
         for start in range(0, len(labels), rows):
             part = labels[start : start + rows]
             chunk = Chunk(pack, grid, job.shape, start // rows, len(part), ())
@@ -109,7 +111,7 @@ def _passed_over(job: TrainJob, items: Sequence[Item]) -> str:
         for item in items
         if item.label and class_of(item.label, job.classes, job.labels.names) is None
         for part in item.label.split("+")
-        if class_of(part.strip(), job.classes, job.labels.names) is None
+        if part.strip() != NONE and class_of(part.strip(), job.classes, job.labels.names) is None
     }
     if not odd:
         return ""

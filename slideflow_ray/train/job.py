@@ -22,6 +22,7 @@ from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec, TileSpec, digest
 from slideflow_ray.splits import identities_of, lone_note, with_splits
+from slideflow_ray.stain import stain_name, stain_numbers
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
 from slideflow_ray.train.colours import Targets, coloured
@@ -423,14 +424,15 @@ def _labelled(
 ) -> list[LabelledChunk]:
     """The chunks of the grids of a split's slides with the class of each tile, or its classes."""
     by_id = {ended.slide_id: ended for ended in result.ended}
-    stains = {stain: i for i, stain in enumerate(sorted({item.stain or "" for item in items}))}
+    stains = stain_numbers(items)
     rows = job.store.rows(job.shape.tile_px)
     found = []
     for item in (item for item in items if item.split == split):
+        stain = stains[stain_name(item.stain, item.modality)]
         for grid in by_id[item.slide_id].laid:
             store = SlideStore(context.out, item.slide_id)
             if job.task == "segment":
-                found += _masked(job, store, grid, item, stains[item.stain or ""])
+                found += _masked(job, store, grid, item, stain)
                 continue
             if job.task == "pretrain":
                 labels: Any = np.zeros(len(store.read(f"grids/{grid}/item")), np.int64)
@@ -444,7 +446,7 @@ def _labelled(
             for start in range(0, len(labels), rows):
                 part = labels[start : start + rows]
                 chunk = Chunk(item, grid, job.shape, start // rows, len(part), ())
-                found.append(LabelledChunk(chunk, part, None, stains[item.stain or ""], start))
+                found.append(LabelledChunk(chunk, part, None, stain, start))
     return found
 
 

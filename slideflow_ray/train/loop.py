@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -127,7 +127,7 @@ def fit(
     saved: Progress | None = None,
     save: Save | None = None,
 ) -> Trained:
-    """Train a network and return the weights of its epoch of lowest validation loss (of its last without `val`).
+    """Train a network and return the weights of its best epoch by `spec.keep` (of its last without `val`).
 
     On one machine with the same threads and workers, the same arguments give the same bytes, whether the training
     runs through or goes on from `saved`, which `save` was given after an epoch. `start` holds weights to
@@ -143,7 +143,7 @@ def fit(
         best_epoch, best = (saved.best_epoch, saved.best) if saved else (-1, {})
         while not is_over(spec, history):
             history.append(run_epoch(trainer, train, val, len(history)))
-            if best_of(history) == len(history) - 1:
+            if best_of(history, spec.keep) == len(history) - 1:
                 best_epoch, best = len(history) - 1, snapshot(trainer.net)
             if save:
                 save(Progress(tuple(history), best_epoch, best, snapshot(trainer.net), trainer.optimiser.state_dict()))
@@ -152,17 +152,27 @@ def fit(
     return Trained(card, best, tuple(history), best_epoch)
 
 
-def best_of(history: list[EpochResult]) -> int:
-    """Return the epoch of lowest validation loss, the earlier of equals; the last one without validation."""
-    losses = [result.val.loss if result.val else -result.epoch for result in history]
-    return losses.index(min(losses))
+def best_of(history: Sequence[EpochResult], keep: Literal["loss", "accuracy"] = "loss") -> int:
+    """Return the epoch to keep, the earlier of equals; the last one without validation.
+
+    keep : "loss" is the lowest validation loss; "accuracy" the highest accuracy, of equals the one of lower loss.
+    """
+    ranks = [rank(result.val, keep) if result.val else (-result.epoch, 0.0) for result in history]
+    return ranks.index(min(ranks))
+
+
+def rank(val: Validation, keep: Literal["loss", "accuracy"]) -> tuple[float, float]:
+    """Return what is lowest for the validation that `keep` prefers; an accuracy that is not defined comes last."""
+    if keep == "loss":
+        return val.loss, 0.0
+    return (math.inf if math.isnan(val.accuracy) else -val.accuracy), val.loss
 
 
 def is_over(spec: TrainSpec, history: list[EpochResult]) -> bool:
-    """Return whether all epochs are done, or `patience` of them have brought no lower validation loss."""
+    """Return whether all epochs are done, or `patience` of them have brought no better one."""
     if len(history) >= spec.epochs:
         return True
-    return bool(spec.patience and history and len(history) - 1 - best_of(history) >= spec.patience)
+    return bool(spec.patience and history and len(history) - 1 - best_of(history, spec.keep) >= spec.patience)
 
 
 def resume(trainer: Trainer, saved: Progress) -> None:

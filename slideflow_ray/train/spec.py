@@ -43,7 +43,7 @@ class AugmentSpec(Spec):
     brightness, contrast, saturation, hue : as torchvision's ColorJitter takes them
     stain : standard deviation of haematoxylin's, eosin's and the residual's strength (Tellez et al., Med. Image Anal.
         58 (2019) 101544: "HED-light" is 0.05)
-    noise : largest standard deviation of Gaussian noise, as a share of 255
+    noise : largest standard deviation of Gaussian noise, as a share of 255; or the smallest and the largest
     mixup : a of Beta(a, a), by which a tile is mixed with another of its class and stain (METHODS of 001: 0.4)
     """
 
@@ -57,8 +57,15 @@ class AugmentSpec(Spec):
     saturation: NotNegative = 0.2
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.04
     stain: NotNegative = 0.0
-    noise: NotNegative = 0.02
+    noise: NotNegative | tuple[NotNegative, NotNegative] = 0.02
     mixup: NotNegative = 0.0
+
+    @field_validator("noise")
+    @classmethod
+    def _rising(cls, value: float | tuple[float, float]) -> float | tuple[float, float]:
+        if isinstance(value, tuple) and not value[0] <= value[1]:
+            raise ValueError("give the smallest standard deviation of noise first")
+        return value if not isinstance(value, tuple) or value[1] else 0.0
 
     @property
     def changes_nothing(self) -> bool:
@@ -99,7 +106,8 @@ class TrainSpec(Spec):
     $SLIDEFLOW_RAY_WEIGHTS and never fetched; or a safetensors file. `freeze` percent of the network's blocks, from
     the first on, keep their weights and batch norm statistics; in the first `head_epochs` all of them do and the
     head learns at `head_lr`. `sampling` "balanced" shows each class as often as the largest, by
-    repeating tiles. `patience`: epochs without a lower validation loss after which training
+    repeating tiles. `keep`: the epoch of lowest validation "loss" is kept, or of highest validation
+    "accuracy", of equals the one of lower loss. `patience`: epochs without a better one after which training
     ends. `clip` bounds the gradient's norm. `device` "auto" takes a GPU where there is one;
     `threads` 0 leaves torch's choice. `precision` "auto" is bf16 autocast where the hardware has bf16 (ResNet-18
     trains 2.3 to 3.6 times as fast on such a CPU), else fp32; weights and optimiser stay in fp32 either way.
@@ -128,6 +136,7 @@ class TrainSpec(Spec):
     class_weights: Literal["balanced", "none"] = "balanced"
     sampling: Literal["natural", "balanced"] = "natural"
     augment: AugmentSpec = AugmentSpec()
+    keep: Literal["loss", "accuracy"] = "loss"
     patience: Annotated[int, Field(ge=1)] | None = None
     clip: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
@@ -271,6 +280,8 @@ class TrainJob(Spec):
             raise ValueError("pre-training reads tiles without labels: no classes, sample, whole or balanced sampling")
         if self.fit.architecture != "unet" and not self.fit.architecture.startswith("smp:"):
             raise ValueError(f'{self.fit.architecture} decodes nothing; pre-training is for "unet" or "smp:NAME"')
+        if self.fit.keep != "loss":
+            raise ValueError('pre-training has no accuracy; keep = "loss"')
         if not self.fit.augment.changes_nothing:
             raise ValueError("pre-training draws its own views; set fit.augment = false")
         return self
@@ -283,13 +294,17 @@ class TrainJob(Spec):
 
 
 _FLIPS: dict[str, Any] = {"flip": True, "turn": True}
+_NO_COLOUR: dict[str, Any] = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
+# METHODS part 001, "Choices to fill the gaps"; colours are the stain normalisation's.
 _GLOMERULI: dict[str, Any] = {
     "architecture": SE_RESNET,
     "schedule": "multistep",
     "milestones": [60, 120, 160],
     "gamma": 0.2,
     "epochs": 200,
-    "augment": {**_FLIPS, "rotate_deg": 30.0, "noise": 0.06, "mixup": 0.4},
+    "class_weights": "none",
+    "keep": "accuracy",
+    "augment": {**_NO_COLOUR, **_FLIPS, "rotate_deg": 30.0, "noise": [5 / 255, 15 / 255], "mixup": 0.4},
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # MathWorks' example: one epoch of RMSprop on sparse 299 px blocks of the finest level; its helper jitters
