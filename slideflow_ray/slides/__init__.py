@@ -12,6 +12,9 @@ TIFF                                  tiffslide, openslide, image
 PNG, JPEG                             image (MIRAX, whose .mrxs is a JPEG: openslide)
 anything else                         openslide
 ====================================  ==========================================
+
+With modality "tem" what was opened is read as a micrograph (`micrograph`): grey, through a window, without what was
+burnt in.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from slideflow_ray.blocks import Blocks
-from slideflow_ray.errors import NotASlide, SlideError
+from slideflow_ray.errors import BadMpp, NoMpp, NotASlide, SlideError
 from slideflow_ray.remote import at_hand
 from slideflow_ray.slides.base import SlideReader, check_bytes, check_file
 from slideflow_ray.slides.tiles import read_tiles
@@ -44,6 +47,12 @@ def open_slide(
     TruncatedSlide, BadDimensions, NoMpp and BadMpp.
     """
     source = at_hand(uri) if source is None else source
+    if modality == "tem":
+        return _micrograph(uri, source, mpp)
+    return _opened(uri, source, mpp, modality)
+
+
+def _opened(uri: str, source: Path | Blocks, mpp: float | None, modality: str | None) -> SlideReader:
     causes, cause = [], None
     for name, opener in _of_blocks(source) if isinstance(source, Blocks) else _openers(source):
         try:
@@ -54,6 +63,19 @@ def open_slide(
             causes.append(f"{name}: {error}".rstrip(". "))
             cause = error
     raise NotASlide(f"{uri} is not a slide that can be read ({'; '.join(causes)}).") from cause
+
+
+def _micrograph(uri: str, source: Path | Blocks, mpp: float | None) -> SlideReader:
+    """Open a micrograph; where nothing says its scale, look for its scale bar, so that the error can name it."""
+    from slideflow_ray.slides.micrograph import Micrograph, no_scale
+
+    try:
+        return Micrograph(_opened(uri, source, mpp, "tem"), source)
+    except (NoMpp, BadMpp) as error:
+        if mpp is not None:
+            raise
+        with Micrograph(_opened(uri, source, 1.0, "tem"), source) as reader:
+            raise no_scale(reader, error) from error
 
 
 def _of_blocks(file: Blocks) -> list[tuple[str, Opener]]:

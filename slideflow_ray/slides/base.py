@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal, NoReturn, Protocol, Self
+from typing import Any, BinaryIO, Literal, NoReturn, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from slideflow_ray.geometry import Level, level_downsample
 from slideflow_ray.slides.ifd import check_directories
 
 Pixels = npt.NDArray[np.uint8]
+Stored = npt.NDArray[Any]
 Box = tuple[int, int, int, int]
 
 WHITE = 255
@@ -268,6 +269,48 @@ def on_white(rgba: Pixels) -> Pixels:
         return rgba[..., :3]
     alpha = rgba[..., 3:].astype(np.uint16)
     return ((rgba[..., :3] * alpha + WHITE * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def luma(pixels: Stored) -> Stored:
+    """Return grey, (h, w), of the same dtype; alpha is left out.
+
+    >>> luma(np.array([[[7, 7, 7], [255, 0, 0]]], np.uint8)).tolist()
+    [[7, 76]]
+    """
+    if pixels.ndim == 2:
+        return pixels
+    if pixels.shape[2] < 3:
+        return pixels[..., 0]
+    red, green, blue = (pixels[..., i] for i in range(3))
+    if np.array_equal(red, green) and np.array_equal(green, blue):
+        return red
+    wide = np.int64 if pixels.dtype.kind in "iu" else np.float64
+    mixed = red.astype(wide) * 19595 + green.astype(wide) * 38470 + blue.astype(wide) * 7471
+    grey: Stored = ((mixed + 0x8000) // 65536 if wide is np.int64 else mixed / 65536).astype(pixels.dtype)
+    return grey
+
+
+def kept_px0(reader: SlideReader) -> Box:
+    """Return what of a slide is picture, (x0, y0, x1, y1) in px0: all, but for a micrograph with burnt-in furniture."""
+    x0, y0, x1, y1 = about_micrograph(reader).get("micrograph", {}).get("keep_px0", (0, 0, *reader.size_px0))
+    return x0, y0, x1, y1
+
+
+def is_micrograph(reader: SlideReader) -> bool:
+    """Return whether a slide is read as a micrograph: one of modality "tem" whose pixels are grey."""
+    return bool(getattr(reader, "is_grey", False))
+
+
+def about_micrograph(reader: SlideReader) -> dict[str, Any]:
+    """Return what a store says of a micrograph, under "micrograph"; nothing of other slides."""
+    return {"micrograph": reader.about} if is_micrograph(reader) else {}  # type: ignore[attr-defined]
+
+
+def on_level(box_px0: Box, level: Level) -> Box:
+    """Return the whole pixels of a level that lie in a box (x0, y0, x1, y1) of px0, never fewer than one each way."""
+    (dx, dy), (w, h) = level.downsample, level.size
+    x0, y0 = math.ceil(box_px0[0] / dx), math.ceil(box_px0[1] / dy)
+    return x0, y0, max(x0 + 1, min(w, int(box_px0[2] / dx))), max(y0 + 1, min(h, int(box_px0[3] / dy)))
 
 
 def describe(uri: str, level: int, xy: tuple[int, int], size: tuple[int, int]) -> str:

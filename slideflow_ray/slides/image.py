@@ -21,6 +21,7 @@ from slideflow_ray.errors import BadDimensions, NotASlide, ReadError
 from slideflow_ray.geometry import Level
 from slideflow_ray.slides.base import (
     WHITE,
+    Box,
     Kind,
     Opened,
     Pixels,
@@ -55,6 +56,7 @@ class ImageReader(Opened):
         self._path = path
         self._kind = check_file(path)
         self._pixels: Pixels | None = None
+        self._raw: Raw | None = None
         self._window: tuple[float, float] | None = None
         self._closed = False
         self.size_px0, found = _header(uri, path, self._kind)
@@ -88,16 +90,27 @@ class ImageReader(Opened):
         if self._closed:
             raise ValueError("the slide is closed")
         if self._pixels is None:
-            raw = _tiff_pixels(self._path) if self._kind == "tiff" else _pillow_pixels(self._path, self._kind)
-            if raw.shape[1::-1] != self.size_px0:
-                raise ValueError(f"it decodes to {raw.shape[1]} x {raw.shape[0]} pixels")
-            self._pixels, self._window = eight_bit(raw)
+            self._pixels, self._window = eight_bit(self._as_stored())
         return self._pixels
+
+    def _as_stored(self) -> Raw:
+        raw = _tiff_pixels(self._path) if self._kind == "tiff" else _pillow_pixels(self._path, self._kind)
+        if raw.shape[1::-1] != self.size_px0:
+            raise ValueError(f"it decodes to {raw.shape[1]} x {raw.shape[0]} pixels")
+        return raw
+
+    def stored(self, level: int, box: Box) -> Raw:
+        """Return the values of a box (x0, y0, x1, y1) as they are stored, (h, w) or (h, w, 1 to 4), 8 or 16 bit."""
+        if self._closed:
+            raise ValueError("the slide is closed")
+        if self._raw is None:
+            self._raw = self._as_stored()
+        return self._raw[box[1] : box[3], box[0] : box[2]]
 
     def close(self) -> None:
         """Let the pixels go; reading afterwards raises ReadError."""
         self._closed = True
-        self._pixels = None
+        self._pixels = self._raw = None
 
 
 def eight_bit(raw: Raw) -> tuple[Pixels, tuple[float, float] | None]:
