@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
 import tifffile
+from dmfiles import write_dm
 from PIL import Image, ImageDraw
 
-from slideflow_ray.cohort import Item
-from slideflow_ray.errors import NoMpp
+from slideflow_ray import cli
+from slideflow_ray.cohort import Item, read_cohort
+from slideflow_ray.errors import CohortError, NoMpp, SlideError
 from slideflow_ray.packs import Row, read_image, size_px0
 from slideflow_ray.phantoms.tem import draw_micrograph
 from slideflow_ray.scalebar import find_furniture
@@ -183,6 +187,107 @@ def test_furniture_is_no_tissue_and_is_cropped_off_whole_images(tmp_path):
     np.testing.assert_array_equal(image[..., 1], np.asarray(oracle))
 
 
+# formats of microscopes
+
+
+def deep(dtype: str) -> np.ndarray:
+    """A phantom in values that a detector gives, signed where the type is."""
+    drawn = draw_micrograph(2, (200, 150), 8.0).pixels.astype(np.float64)
+    values = drawn / 2 if dtype == "int8" else drawn * 9 + 300
+    return (values - (100 if not dtype.startswith("u") else 0)).astype(dtype)
+
+
+def check(path: Path, values: np.ndarray, mpp: float = 0.008) -> None:
+    """A file without furniture: size, scale, and every pixel, whether or not its row says what it is."""
+    for modality in ("tem", None):
+        with open_slide(str(path), modality=modality) as reader:
+            assert reader.size_px0 == values.shape[::-1]
+            assert reader.mpp0 == pytest.approx(mpp, rel=1e-6)
+            assert reader.mpp_source == "file"
+            pixels = reader.read(0, (0, 0), reader.size_px0)
+            assert kept_px0(reader) == (0, 0, *values.shape[::-1])
+    np.testing.assert_array_equal(pixels[..., 0], expected(values, slice(None)))
+    assert pixels.min() == 0
+    assert pixels.max() == 255
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "uint16", "float32", "float16"])
+def test_mrc_is_read_from_above(dtype, tmp_path):
+    values = deep(dtype)
+    with mrcfile.new(tmp_path / "a.mrc", values[::-1].copy()) as file:
+        file.voxel_size = 80
+    check(tmp_path / "a.mrc", values)
+
+
+def test_mrc_of_either_byte_order_and_with_a_longer_header(tmp_path):
+    values = deep("float32")
+    with mrcfile.new(tmp_path / "a.mrc", values[::-1].copy()) as file:
+        file.voxel_size = 80
+        file.set_extended_header(np.zeros(7, "V100"))
+    check(tmp_path / "a.mrc", values)
+    data = bytearray((tmp_path / "a.mrc").read_bytes())
+    big = np.frombuffer(data, "<u4").byteswap().tobytes()
+    other = bytearray(big)
+    other[208:216] = b"MAP \x11\x11\0\0"
+    (tmp_path / "b.mrc").write_bytes(bytes(other))
+    check(tmp_path / "b.mrc", values)
+
+
+@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "float32", "float64"])
+def test_dm_is_read_behind_its_preview(version, dtype, tmp_path):
+    values = deep(dtype) if dtype != "uint8" else draw_micrograph(2, (200, 150), 8.0).pixels
+    check(write_dm(tmp_path / f"a.dm{version}", values, version=version), values)
+    check(write_dm(tmp_path / f"b.dm{version}", values, 0.016, "\u00b5m", version), values, 0.016)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32", "float64", "int32"])
+@pytest.mark.parametrize("tile", [(64, 48), None])
+def test_deep_tiff_is_read_in_pieces(dtype, tile, tmp_path):
+    values = deep(dtype)
+    how = {"resolution": (1.25e6, 1.25e6), "resolutionunit": "CENTIMETER", "compression": "zlib", "metadata": None}
+    tifffile.imwrite(tmp_path / "a.tif", values, tile=tile, rowsperstrip=None if tile else 7, bigtiff=True, **how)
+    np.testing.assert_array_equal(whole(tmp_path / "a.tif", None)[..., 1], expected(values, slice(None)))
+    with open_slide(str(tmp_path / "a.tif"), modality="tem") as reader:
+        np.testing.assert_array_equal(reader.read(0, (30, 40), (70, 50)), whole(tmp_path / "a.tif")[40:90, 30:100])
+
+
+@pytest.mark.parametrize("kind", ["truncated.mrc", "stack.mrc", "complex.mrc", "truncated.dm3", "stack.dm4", "cut.dm4"])
+def test_what_is_no_image_is_refused_with_a_code(kind, tmp_path):
+    path, values = tmp_path / kind, deep("float32")
+    if kind.endswith("mrc"):
+        data = {"stack": np.stack([values] * 3), "complex": values.astype(np.complex64)}.get(kind.split(".")[0], values)
+        mrcfile.write(path, data, voxel_size=80)
+    else:
+        write_dm(path, np.stack([values] * 3) if kind.startswith("stack") else values, version=int(kind[-1]))
+    whole_file = path.read_bytes()
+    if kind.startswith(("truncated", "cut")):
+        path.write_bytes(whole_file[: 300 if kind.startswith("cut") else len(whole_file) // 2])
+    code, said = {"truncated": ("E_TRUNCATED", "bytes|tags"), "cut": ("E_TRUNCATED", "tags")}.get(
+        kind.split(".")[0], ("E_NOT_A_SLIDE", "stack of 3|complex")
+    )
+    with pytest.raises(SlideError, match=said) as caught:
+        open_slide(str(path), modality="tem")
+    assert caught.value.code == code
+
+
+def test_diffraction_and_unmeasured_files_have_no_scale(tmp_path):
+    with pytest.raises(NoMpp):
+        open_slide(str(write_dm(tmp_path / "a.dm3", deep("int16"), 0.1, "1/nm")), modality="tem")
+    mrcfile.write(tmp_path / "a.mrc", deep("int16"))
+    with pytest.raises(NoMpp):
+        open_slide(str(tmp_path / "a.mrc"), modality="tem")
+
+
+def test_without_ncempy_the_error_names_it(tmp_path, monkeypatch):
+    path = write_dm(tmp_path / "a.dm3", deep("int16"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "slideflow_ray._ncempy_dm", raising=False)
+    with pytest.raises(SlideError, match="ncempy") as caught:
+        open_slide(str(path), modality="tem")
+    assert "slideflow-ray[dm]" in caught.value.step
+
+
 # scale
 
 
@@ -205,3 +310,56 @@ def test_the_real_micrograph_is_kept_above_its_label():
         stored = np.asarray(Image.open(REAL))
         oracle = expected(stored, slice(0, 2298))
         np.testing.assert_array_equal(reader.read(0, (500, 2000), (700, 444))[..., 2], oracle[2000:, 500:1200])
+
+
+VENDORS = {
+    "imagej": {"imagej": True, "resolution": (0.125, 0.125), "metadata": {"unit": "nm"}},
+    "imagej in um": {"imagej": True, "resolution": (125, 125), "metadata": {"unit": "um"}},
+    "gatan": {"extratags": [(65003, 2, 3, "nm", True), (65009, 12, 1, 8.0, True)], "metadata": None},
+    "fei": {"extratags": [(34682, 2, 0, "[Scan]\r\nPixelWidth=8e-009\r\nPixelHeight=8e-009\r\n", True)]},
+    "ome": {"ome": True, "metadata": {"PhysicalSizeX": 8, "PhysicalSizeXUnit": "nm"}},
+}
+VENDORS["ome"]["metadata"] |= {"PhysicalSizeY": 8, "PhysicalSizeYUnit": "nm", "axes": "YX"}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_what_a_microscope_s_software_says_is_the_scale(vendor, dtype, tmp_path):
+    path = tmp_path / ("a.ome.tif" if vendor == "ome" else "a.tif")
+    how = {"resolution": (72, 72), "resolutionunit": "INCH", **VENDORS[vendor]}
+    if vendor.startswith("imagej"):
+        del how["resolutionunit"]
+    tifffile.imwrite(path, deep("uint16").astype(dtype), **how)
+    with open_slide(str(path), modality="tem") as reader:
+        assert reader.mpp0 == pytest.approx(0.008)
+        assert reader.mpp_source == "file"
+
+
+def test_a_cohort_may_say_nm(tmp_path):
+    path = tmp_path / "cohort.csv"
+    path.write_text("slide_id,uri,modality,nm_per_px\na,a.tif,tem,8.5\nb,b.tif,tem,\n")
+    assert [item.mpp for item in read_cohort(path)] == [0.0085, None]
+    path.write_text("slide_id,uri,mpp,nm_per_px\na,a.tif,0.0085,8.5\n")
+    with pytest.raises(CohortError, match="line 2: mpp and nm_per_px"):
+        read_cohort(path)
+    path.write_text("slide_id,uri,nm_per_px\na,a.tif,eight\n")
+    with pytest.raises(CohortError, match="nm_per_px is no number"):
+        read_cohort(path)
+
+
+def test_doctor_says_what_it_finds(tmp_path, capsys):
+    Image.fromarray(burnt()).save(tmp_path / "a.png")
+    bottom = keep_of(burnt()).stop
+    assert main("doctor", str(tmp_path / "a.png")) == 0
+    out = capsys.readouterr().out
+    assert "scale bar      100 px\n" in out
+    assert f"y 0 to {bottom};" in out
+    assert "nm_per_px" in out
+    assert main("doctor", str(tmp_path / "a.png"), "--mpp", "0.02") == 0
+    assert "100 px, 2,000 nm" in capsys.readouterr().out
+
+
+def main(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(words))
+    return int(ended.value.code or 0)

@@ -276,7 +276,7 @@ def test_the_labels_of_a_real_micrograph(data):
     assert found.mask.shape == (668, 1024)
     boxes = ndimage.find_objects(ndimage.label(~found.mask)[0])
     assert boxes == [(slice(628, 668), slice(0, 1024))]  # rows of the file from 2298 on, from side to side
-    assert found.mask.mean() > 0.98
+    assert found.mask.mean() > 0.93
 
 
 # copies of one slide

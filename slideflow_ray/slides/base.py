@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +60,7 @@ UM_OF = {
 MppSource = Literal["cohort", "file", "objective"]
 """Who said what a pixel measures: the user, the file, or (a guess) the objective that the file names."""
 
-Kind = Literal["tiff", "zip", "png", "jpeg", "other"]
+Kind = Literal["tiff", "zip", "png", "jpeg", "dm", "mrc", "other"]
 MAGIC: dict[bytes, Kind] = {
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "tiff"),
     b"PK\3\4": "zip",
@@ -106,6 +107,10 @@ class SlideReader(Protocol):
     ) -> None: ...
 
 
+class Unsupported(Exception):
+    """This file is for another reader (or for none)."""
+
+
 class Opened:
     """What readers share: a context manager that closes, and no pickling."""
 
@@ -147,7 +152,7 @@ def check_file(path: Path) -> Kind:
 
 def check_bytes(name: str, file: BinaryIO, size: int) -> Kind:
     """Return what the first bytes of an open file of `size` bytes say it is. Raises as `check_file` does."""
-    head = file.read(64)
+    head = file.read(256)
     if size == 0:
         raise NotASlide(f"{name} is empty.")
     if head.startswith(b"version https://git-lfs"):
@@ -155,9 +160,17 @@ def check_bytes(name: str, file: BinaryIO, size: int) -> Kind:
             f"{name} is a git-LFS pointer, not the slide itself.", next_step="Run `git lfs pull` and run again."
         )
     kind: Kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), "other")
+    kind = _electron(head) if kind == "other" else kind
     if kind == "tiff":
         check_directories(name, file, size)
     return kind
+
+
+def _electron(head: bytes) -> Kind:
+    """Return "dm" for DM3 and DM4 (version and byte order stand first), "mrc" for MRC2014, else "other"."""
+    if (head[:4], head[8:12][:3]) == (b"\0\0\0\3", b"\0\0\0") or (head[:4], head[12:15]) == (b"\0\0\0\4", b"\0\0\0"):
+        return "dm"
+    return "mrc" if head[208:212] == b"MAP " else "other"
 
 
 def check_size(uri: str, size_px0: tuple[int, int], file_bytes: int) -> None:
@@ -227,6 +240,23 @@ def um_of(unit: str) -> float | None:
     (0.001, 1.0, None)
     """
     return UM_OF.get(unit.strip().replace("\u00b5", "u").replace("\u03bc", "u"))
+
+
+def ome_mpp(xml: str) -> tuple[float, float] | None:
+    """Return um per pixel along x and y by OME-XML's first image, or None.
+
+    The attributes are taken from the text of one tag, so no XML parser meets a stranger's file.
+    """
+    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", xml)
+    found = dict(re.findall(r'\b(PhysicalSize[XY](?:Unit)?)="([^"]*)"', pixels[0])) if pixels else {}
+    if not {"PhysicalSizeX", "PhysicalSizeY"} <= set(found):
+        return None
+    units = [um_of(found.get(f"PhysicalSize{axis}Unit", "um")) for axis in "XY"]
+    try:
+        x, y = (float(found[f"PhysicalSize{a}"]) * (u or math.nan) for a, u in zip("XY", units, strict=True))
+    except ValueError:
+        return None
+    return x, y
 
 
 def pyramid(sizes: Sequence[tuple[int, int]]) -> dict[int, Level]:
