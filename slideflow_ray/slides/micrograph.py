@@ -50,7 +50,7 @@ BLOCK_PIXELS: Final = 2**24
 KEYS: Final = 2**16
 
 SAMPLE_PX: Final = 2048
-CHROMA: Final = 16
+CHROMA: Final = 8
 COLOURED: Final = 0.01
 """A grey picture has no chroma but what JPEG leaves and an arrow or two; one with more is no electron micrograph."""
 
