@@ -303,7 +303,7 @@ def percentiles(parts: Callable[[], Iterable[Stored]], shares: Sequence[float]) 
     dtype = np.dtype(np.uint8)
     for part in parts():
         dtype = part.dtype
-        upper += np.bincount((_ordered(part) >> 16).astype(np.intp), minlength=KEYS)
+        upper += np.bincount(_upper(part), minlength=KEYS)
     total = int(upper.sum())
     if not total:
         return tuple(0.0 for _ in shares)
@@ -311,7 +311,7 @@ def percentiles(parts: Callable[[], Iterable[Stored]], shares: Sequence[float]) 
     ranks = [max(1, math.ceil(total * share / 100)) for share in shares]
     heads = [int(np.searchsorted(below, rank)) for rank in ranks]
     if dtype.kind in "iu" and dtype.itemsize <= 2:
-        return tuple(float(_value(head << 16, dtype)) for head in heads)
+        return tuple(float(head + np.iinfo(dtype).min) for head in heads)
     lower = {head: np.zeros(KEYS, np.int64) for head in heads}
     for part in parts():
         keys = _ordered(part)
@@ -322,14 +322,19 @@ def percentiles(parts: Callable[[], Iterable[Stored]], shares: Sequence[float]) 
     return tuple(float(_value((head << 16) + tail, dtype)) for head, tail in zip(heads, tails, strict=True))
 
 
+def _upper(values: Stored) -> npt.NDArray[np.intp]:
+    """Return the number of each finite value's bin, (n,): the value itself of 8 and 16 bit, else 16 bits of its key."""
+    if values.dtype.kind in "iu" and values.dtype.itemsize <= 2:
+        return values.ravel().astype(np.intp) - np.intp(np.iinfo(values.dtype).min)
+    return (_ordered(values) >> 16).astype(np.intp)
+
+
 def _ordered(values: Stored) -> npt.NDArray[np.uint32]:
-    """Return numbers in the order of the finite values, uint32 (n,): of 8 and 16 bit in the upper half alone."""
+    """Return numbers in the order of the finite values, uint32 (n,)."""
     flat = values.ravel()
     if flat.dtype.kind == "f":
         bits = flat[np.isfinite(flat)].astype(np.float32).view(np.uint32)
         return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-    if flat.dtype.itemsize <= 2:
-        return (flat.astype(np.int64) - np.iinfo(flat.dtype).min).astype(np.uint32) << np.uint32(16)
     return (flat.astype(np.int64) - np.iinfo(flat.dtype).min).astype(np.uint32)
 
 
@@ -338,4 +343,4 @@ def _value(key: int, dtype: np.dtype[Any]) -> float:
     if dtype.kind == "f":
         bits = key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF
         return float(np.uint32(bits).view(np.float32))
-    return float((key >> 16 if dtype.itemsize <= 2 else key) + int(np.iinfo(dtype).min))
+    return float(key + int(np.iinfo(dtype).min))
