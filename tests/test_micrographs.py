@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from slideflow_ray import cli
 from slideflow_ray.cohort import Item, read_cohort
+from slideflow_ray.collect import collect
 from slideflow_ray.errors import CohortError, NoMpp, SlideError
 from slideflow_ray.packs import Row, read_image, size_px0
 from slideflow_ray.phantoms.tem import draw_micrograph
@@ -363,3 +364,13 @@ def main(*words: str) -> int:
     with pytest.raises(SystemExit) as ended:
         cli.main(list(words))
     return int(ended.value.code or 0)
+
+
+def test_a_folder_of_micrographs_becomes_a_cohort(tmp_path):
+    with mrcfile.new(tmp_path / "a.mrc", deep("int16")) as file:
+        file.voxel_size = 80
+    write_dm(tmp_path / "b.dm4", deep("int16"), version=4)
+    Image.fromarray(burnt()).save(tmp_path / "c.png")
+    found = collect(tmp_path, modality="tem")
+    assert {slide.slide_id: slide.scale[:9] for slide in found.slides} == {"a": "", "b": "", "c": "E_NO_MPP:"}
+    assert "100 pixels long" in next(slide.scale for slide in found.slides if slide.slide_id == "c")
