@@ -86,6 +86,9 @@ class Item(Spec):
 
 COLUMNS = tuple(Item.model_fields)
 
+NM_PER_PX = "nm_per_px"
+"""A column that may stand in place of `mpp`: micrographs are measured in nm."""
+
 MAX_BYTES = 2**27
 MAX_LINES = 1_000_000
 MAX_COLUMNS = 100
@@ -138,7 +141,7 @@ def _check_columns(path: Path, named: Sequence[str]) -> None:
     if len(named) > MAX_COLUMNS or len(set(named)) < len(named):
         raise CohortError(f"{path} has {len(named):,} columns, some of them twice or without meaning.")
     missing = {"slide_id", "uri"} - set(named)
-    unknown = set(named) - set(COLUMNS)
+    unknown = set(named) - set(COLUMNS) - {NM_PER_PX}
     if missing or unknown:
         what = [f"lacks the column {name!r}" for name in sorted(missing)]
         what += [f"has an unknown column {name!r}" for name in sorted(unknown)]
@@ -149,7 +152,7 @@ def _item(path: str | Path, number: int, row: Mapping[str | None, object]) -> It
     if None in row:
         raise CohortError(f"{path}, line {number}: more cells than columns.")
     cells = {str(key): plain_cell(cell.strip()) for key, cell in row.items() if isinstance(cell, str)}
-    values = {key: cell for key, cell in cells.items() if cell}
+    values = _in_um(f"{path}, line {number}", {key: cell for key, cell in cells.items() if cell})
     here = folder_of(path)
     for key in FILES:
         if key in values:
@@ -158,6 +161,19 @@ def _item(path: str | Path, number: int, row: Mapping[str | None, object]) -> It
         return Item.parse(values, f"{path}, line {number}")
     except ConfigError as error:
         raise CohortError(error.message) from error
+
+
+def _in_um(where: str, values: dict[str, str]) -> dict[str, str]:
+    """Return the values with `nm_per_px` as `mpp`. Raises CohortError where both are given, or it is no number."""
+    if NM_PER_PX not in values:
+        return values
+    if "mpp" in values:
+        raise CohortError(f"{where}: mpp and {NM_PER_PX} are both given; one says it.")
+    try:
+        mpp = float(values.pop(NM_PER_PX)) / 1000
+    except ValueError as error:
+        raise CohortError(f"{where}: {NM_PER_PX} is no number.") from error
+    return {**values, "mpp": repr(mpp)}
 
 
 def single_slide(uri: str, mpp: float | None = None, modality: str = "he") -> tuple[Item, ...]:

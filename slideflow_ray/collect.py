@@ -28,7 +28,7 @@ from slideflow_ray.texts import safe_cell
 
 SUFFIXES: Final = frozenset(
     (".svs", ".tif", ".tiff", ".btf", ".tf8", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi")
-) | {".dcm", ".png", ".jpg", ".jpeg", ".zip", ".zarr"}
+) | {".dcm", ".png", ".jpg", ".jpeg", ".zip", ".zarr", ".dm3", ".dm4", ".mrc"}
 """What a slide's name ends in; other files are opened only if they begin as DICOM does."""
 
 INNER: Final = re.compile(r"(?i)(?:\.ome)?(?:\.zarr)?\.(?:zip|zarr|tiff?|[a-z0-9]{2,7})$")

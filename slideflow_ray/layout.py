@@ -17,6 +17,7 @@ from slideflow_ray.identity import check_same
 from slideflow_ray.objects import boxes_to_grid
 from slideflow_ray.packs import Pack, size_px0
 from slideflow_ray.slides import SlideReader
+from slideflow_ray.slides.base import about_micrograph
 from slideflow_ray.specs import BoxSpec, StoreSpec, TileSpec, TissueSpec, WholeSpec, digest
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tissue import METHOD, TissueMask, find_tissue, mask_identity
@@ -25,6 +26,9 @@ PIXELS = "nearest-level, whole-pixel box, pillow bilinear, 1"
 """How a tile's pixels come about; part of every grid's digest, so a new rule makes new grids."""
 
 GRID_ARRAYS = ("xy_px0", "wh_px0", "rowcol", "tissue", "item")
+
+MICROGRAPH = 1
+"""Part of the digest of packs of micrographs: changed when they are cropped or shown otherwise."""
 
 SHEET_COLS = 32
 """Boxes in one row of the contact sheet of a pack, or of a slide's objects: their cells in `rowcol`."""
@@ -38,6 +42,7 @@ def pack_grid(store: SlideStore, keep: StoreSpec, whole: WholeSpec, pack: Pack, 
     rows = keep.rows(whole.tile_px)
     determines = {"identity": pack.identity, "whole": whole.model_dump(), "rows": rows, "pixels": PIXELS}
     determines |= {"stains": stains} if stains else {}
+    determines |= {"micrograph": MICROGRAPH} if pack.example.modality == "tem" else {}
     node = f"{whole.tile_px}px-whole-{digest(determines)}"
     if store.committed(f"grids/{node}"):
         return node
@@ -107,6 +112,7 @@ def about_slide(reader: SlideReader, item: Item, found: str) -> dict[str, Any]:
         "mpp_source": reader.mpp_source,
         "levels": [[*level.size, *level.downsample] for level in reader.levels],
         "reader": reader.name,
+        **about_micrograph(reader),
     }
 
 

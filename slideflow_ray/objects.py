@@ -156,8 +156,7 @@ def _components(plane: Plane, class_index: int, block: int, min_area: int, fill_
     for i, ((r0, c0, r1, c1), (row, col)) in enumerate(zip(table.box.tolist(), table.first.tolist(), strict=True)):
         if absorbed[i] or (r1 - r0) * (c1 - c0) < min_area:
             continue
-        labels, _ = ndimage.label(np.asarray(plane[r0:r1, c0:c1]) == class_index)
-        mask = labels == labels[row - r0, col - c0]
+        mask = _alone(np.asarray(plane[r0:r1, c0:c1]) == class_index, (row - r0, col - c0))
         if fill_holes and (filled := _filled(mask)).sum() > mask.sum():
             mask = filled
             low, high = np.searchsorted(table.first[:, 0], (r0, r1))  # rows rise in the table
@@ -165,6 +164,13 @@ def _components(plane: Plane, class_index: int, block: int, min_area: int, fill_
             inside = np.flatnonzero(((at >= 0) & (at < mask.shape)).all(axis=1))
             absorbed[low + inside] |= mask[at[inside, 0], at[inside, 1]]
         yield _Piece(r0, c0, mask)
+
+
+def _alone(mask: Bools, at: tuple[int, int]) -> Bools:
+    """Return the component of one pixel; the labels, of four bytes each, go before anything else is made."""
+    labels, _ = ndimage.label(mask)
+    alone: Bools = labels == labels[at]
+    return alone
 
 
 def _filled(mask: Bools) -> Bools:

@@ -21,7 +21,8 @@ from slideflow_ray.changes import FILE
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import BadDimensions, SlideflowError
 from slideflow_ray.identity import Identities
-from slideflow_ray.slides import open_slide
+from slideflow_ray.slides import SlideReader, open_slide
+from slideflow_ray.slides.base import kept_px0, on_level
 from slideflow_ray.slides.tiles import resized
 from slideflow_ray.specs import ROUTES, WholeSpec, digest
 from slideflow_ray.store import SlideStore
@@ -205,18 +206,25 @@ def size_px0(row: Row) -> tuple[int, int]:
     if row.item.uri == GONE:
         return (0, 0)
     try:
-        with open_slide(row.item.uri, mpp=row.item.mpp or UNSCALED) as reader:
+        with _open(row) as reader:
             return reader.size_px0
     except SlideflowError:
         return (0, 0)
 
 
+def _open(row: Row) -> SlideReader:
+    """Open an image; a micrograph as such, the others without asking whether their scale is credible."""
+    micrograph = "tem" if row.item.modality == "tem" else None
+    return open_slide(row.item.uri, mpp=row.item.mpp or UNSCALED, modality=micrograph)
+
+
 def read_image(row: Row, whole: WholeSpec) -> npt.NDArray[np.uint8]:
     """Return an image in one piece, uint8 (T, T, 3), squashed or padded with white as `whole` says.
 
-    Level 0 is read, or of an image beyond MAX_PIXELS the finest level below. Raises SlideError, ReadError.
+    A micrograph comes without the rows of its scale bar and labels. Level 0 is read, or of an image beyond MAX_PIXELS
+    the finest level below. Raises SlideError, ReadError.
     """
-    with open_slide(row.item.uri, mpp=row.item.mpp or UNSCALED) as reader:
+    with _open(row) as reader:
         fit = [i for i, level in enumerate(reader.levels) if level.size[0] * level.size[1] <= MAX_PIXELS]
         if not fit:
             w, h = reader.size_px0
@@ -224,7 +232,8 @@ def read_image(row: Row, whole: WholeSpec) -> npt.NDArray[np.uint8]:
                 f"{row.item.uri} has {w:,} x {h:,} pixels and no level of at most {MAX_PIXELS:,} to read in one piece.",
                 next_step="Score it in tiles, or make it smaller (vips tiffsave --tile --pyramid).",
             )
-        image = reader.read(fit[0], (0, 0), reader.levels[fit[0]].size)
+        x0, y0, x1, y1 = on_level(kept_px0(reader), reader.levels[fit[0]])
+        image = reader.read(fit[0], (x0, y0), (x1 - x0, y1 - y0))
     h, w = image.shape[:2]
     if whole.fit == "pad" and h != w:
         side = max(h, w)

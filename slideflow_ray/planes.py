@@ -38,13 +38,17 @@ Plane = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class _Frame:
-    """How a plane lies: side of a core in px, cells (rows, cols), size (h, w) in px, um per pixel, px0 per pixel."""
+    """How a plane lies: side of a core in px, cells (rows, cols), size (h, w) in px, um per pixel, px0 per pixel.
+
+    keep : the first row and the one after the last that are picture; around them a micrograph has burnt-in furniture.
+    """
 
     core: int
     cells: tuple[int, int]
     shape: tuple[int, int]
     mpp: float
     mpp0: float
+    keep: tuple[int, int]
 
     @classmethod
     def of(cls, about: Mapping[str, Any]) -> _Frame:
@@ -54,7 +58,10 @@ class _Frame:
         rows, cols = about["shape"]
         width, height = (math.ceil(side / scale_of(tile["mpp"], mpp0) - 1e-6) for side in determines["size_px0"])
         shape = min(height, rows * core), min(width, cols * core)
-        return cls(core, (rows, cols), shape, float(tile["mpp"]), mpp0)
+        y0, y1 = determines.get("micrograph", {}).get("keep_px0", (0, 0, 0, math.inf))[1::2]
+        scale = scale_of(tile["mpp"], mpp0)
+        keep = tuple(math.ceil(min(y / scale - 0.5, shape[0])) for y in (y0, y1))  # those whose centre lies in it
+        return cls(core, (rows, cols), shape, float(tile["mpp"]), mpp0, (keep[0], keep[1]))
 
 
 def write_plane(store: SlideStore, grid: str, model: str, classes: Sequence[str]) -> None:
@@ -95,6 +102,8 @@ def _blocks(store: SlideStore, grid: str, model: str, frame: _Frame) -> Iterator
         masks = store.read_rows(f"masks/{grid}/{model}", int(start), int(stop))
         for mask, (r, c) in zip(masks, (cells[start:stop] - [row * BLOCK, col * BLOCK]) * core, strict=True):
             block[r : r + core, c : c + core] = mask
+        first, last = (max(0, y - row * BLOCK * core) for y in frame.keep)
+        block[:first] = block[last:] = NOT_SCORED
         height, width = frame.shape[0] - row * BLOCK * core, frame.shape[1] - col * BLOCK * core
         yield (row, col), block[: max(0, height), : max(0, width)]
 

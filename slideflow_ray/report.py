@@ -370,6 +370,7 @@ def _thumbnail(
 ) -> str | None:
     """The slide as a JPEG data URI; None, and why, where it cannot be opened any more."""
     try:
+        unscaled = UNSCALED if item.modality == "tem" else unscaled  # as it is stored, with its scale bar
         with open_slide(item.uri, mpp=item.mpp or unscaled) as reader:
             factor = min(1.0, longest / max(reader.size_px0))
             size = (max(1, round(reader.size_px0[0] * factor)), max(1, round(reader.size_px0[1] * factor)))

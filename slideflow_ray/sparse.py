@@ -17,6 +17,7 @@ from slideflow_ray.geometry import scale_of, size_on_level, to_level
 from slideflow_ray.grid import Grid, make_grid
 from slideflow_ray.remote import Seen
 from slideflow_ray.slides import open_slide
+from slideflow_ray.slides.base import is_micrograph
 from slideflow_ray.specs import TileSpec, TissueSpec
 from slideflow_ray.tissue import LEVEL0_PX, find_tissue
 
@@ -44,6 +45,8 @@ def is_sparse(seen: Seen, item: Item, tissue: TissueSpec, tiles: Iterable[TileSp
         return False
     try:
         with open_slide(item.uri, mpp=item.mpp, modality=item.modality, source=Blocks(seen)) as reader:
+            if is_micrograph(reader):  # its window needs every pixel
+                return False
             if item.mask is None and reader.size_px0[0] * reader.size_px0[1] <= LEVEL0_PX:
                 return False
             mask = find_tissue(reader, tissue, item.modality, item.mask)

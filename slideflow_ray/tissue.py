@@ -7,7 +7,7 @@ scanner frames everything alike. They began as NCRF's rule (saturation above Ots
 all of R, G, B above Otsu, none below 50); Otsu alone cuts pale tissue off where a slide
 is nearly all tissue and finds noise where it is nearly all glass, so the threshold is
 held between two fixed densities. A micrograph has no glass: everything is tissue but
-the labels that were burnt into its upper or lower edge.
+the rows that its reader leaves out (scale bar, text), or, of a coloured one, labels at its upper or lower edge.
 
 Copies of one slide with the same level 0 get the same mask, whatever their pyramids,
 up to LEVEL0_PX pixels: the thumbnail is then averaged from level 0.
@@ -28,7 +28,7 @@ from scipy import ndimage
 from slideflow_ray.errors import MaskError, SlideError
 from slideflow_ray.geometry import best_level, scale_of
 from slideflow_ray.identity import identity
-from slideflow_ray.slides.base import Pixels, SlideReader, same_shape
+from slideflow_ray.slides.base import Pixels, SlideReader, is_micrograph, kept_px0, same_shape
 from slideflow_ray.specs import TissueSpec
 
 Plane = npt.NDArray[np.float32]
@@ -103,8 +103,8 @@ def find_tissue(reader: SlideReader, spec: TissueSpec, modality: str, mask: str 
     rule = spec.rule if spec.rule != "auto" else RULES.get(modality, modality)
     w, h = micrograph_size(reader) if rule == "micrograph" else thumbnail_size(reader, spec.mpp)
     px0_per_px = (reader.size_px0[0] / w, reader.size_px0[1] / h)
-    if rule == "everything":
-        return TissueMask(np.ones((h, w), np.bool_), px0_per_px, rule)
+    if rule == "everything" or (rule == "micrograph" and is_micrograph(reader)):
+        return TissueMask(_picture(reader, (h, w)), px0_per_px, rule)
     picture = thumbnail(reader, (w, h), level0_px=LEVEL0_PX)
     if rule == "micrograph":
         return TissueMask(~burnt_in(picture), px0_per_px, rule)
@@ -115,6 +115,14 @@ def find_tissue(reader: SlideReader, spec: TissueSpec, modality: str, mask: str 
         return TissueMask(tissue, px0_per_px, rule)
     reason = reason or f"every stained piece is smaller than {spec.min_area_um2:g} um2"
     return TissueMask(tissue, px0_per_px, rule, reason)
+
+
+def _picture(reader: SlideReader, shape: tuple[int, int]) -> Mask:
+    """Return which pixels of a mask have their centre in what the reader says is picture, bool, `shape` (h, w)."""
+    (w0, h0), (x0, y0, x1, y1) = reader.size_px0, kept_px0(reader)
+    rows, cols = ((np.arange(n) + 0.5) * length / n for n, length in zip(shape, (h0, w0), strict=True))
+    found: Mask = ((rows >= y0) & (rows < y1))[:, None] & ((cols >= x0) & (cols < x1))[None]
+    return found
 
 
 def mask_identity(uri: str, cache: Path | None = None) -> str:

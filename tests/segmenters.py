@@ -16,8 +16,11 @@ CLASSES = ("other", "cyan", "magenta")
 COLOURS = {"cyan": (40, 200, 200), "magenta": (200, 40, 200)}
 
 
-def colour_unet() -> Unet:
-    """A U-Net whose outputs are those of a threshold: class 1 where red is dark, class 2 where green is."""
+def colour_unet(smooth: bool = False) -> Unet:
+    """A U-Net whose outputs are those of a threshold: class 1 where red is dark, class 2 where green is.
+
+    smooth : each of its four convolutions takes the mean of 3 x 3 pixels, for pictures with noise.
+    """
     net = Unet(3, levels=2, width=4).eval()
     for values in net.parameters():
         nn.init.zeros_(values)
@@ -28,13 +31,16 @@ def colour_unet() -> Unet:
             norm.weight.fill_(1)
         for conv, gain in zip([*first, *last], (-1, 1, 1, 1), strict=True):
             for channel in range(2):
-                conv.weight[channel, channel, 1, 1] = gain
+                if smooth:
+                    conv.weight[channel, channel] = gain / 9
+                else:
+                    conv.weight[channel, channel, 1, 1] = gain
         net.head.weight[1, 0] = net.head.weight[2, 1] = 10
         net.head.bias.copy_(torch.tensor([0.0, -1.0, -1.0]))
     return net
 
 
-def write_colours(folder: Path, name: str = "discs", mpp: float = 0.5) -> Path:
+def write_colours(folder: Path, name: str = "discs", mpp: float = 0.5, tile_px: int = 88, smooth: bool = False) -> Path:
     """Write the bundle of `colour_unet`: tiles of 88 px with cores of 40."""
     card = BundleCard(
         name=name,
@@ -42,7 +48,7 @@ def write_colours(folder: Path, name: str = "discs", mpp: float = 0.5) -> Path:
         architecture="unet",
         arguments={"levels": 2, "width": 4},
         classes=CLASSES,
-        tile_px=88,
+        tile_px=tile_px,
         mpp=mpp,
         stride=4,
         radius=23,
@@ -50,7 +56,7 @@ def write_colours(folder: Path, name: str = "discs", mpp: float = 0.5) -> Path:
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
     )
-    return write_bundle(folder / name, card, colour_unet().state_dict())
+    return write_bundle(folder / name, card, colour_unet(smooth).state_dict())
 
 
 def disc(size_px0: tuple[int, int], x: float, y: float, r: float) -> np.ndarray:

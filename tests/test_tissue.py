@@ -275,8 +275,8 @@ def test_the_labels_of_a_real_micrograph(data):
         assert slide_focus(reader, found) > 0
     assert found.mask.shape == (668, 1024)
     boxes = ndimage.find_objects(ndimage.label(~found.mask)[0])
-    assert [(b[1].start // 10, b[1].stop // 10) for b in boxes] == [(66, 96), (27, 43)]
-    assert found.mask.mean() > 0.98
+    assert boxes == [(slice(628, 668), slice(0, 1024))]  # rows of the file from 2298 on, from side to side
+    assert found.mask.mean() > 0.93
 
 
 # copies of one slide

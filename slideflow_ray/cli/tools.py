@@ -69,20 +69,26 @@ def demo(
 
 @commands.command()
 def doctor(
+    image: Annotated[str | None, typer.Argument(help="A micrograph: say what is found of it instead.")] = None,
+    mpp: Annotated[float | None, typer.Option(help="Its um per pixel, where the file does not say.")] = None,
     privacy: Annotated[Path | None, typer.Option(help="Search this result tree for words instead.")] = None,
     string: Annotated[list[str] | None, typer.Option(help="A word to look for; may be repeated.")] = None,
     strings: Annotated[Path | None, typer.Option(help="A text file of words, one a line.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine can do; or, with --privacy, whether results hold given words (exit code 5 if so)."""
+    """Say what this machine can do; of a micrograph its scale bar, scale and window; or search results for words.
+
+    With --privacy the exit code is 5 where results hold one of the words.
+    """
     if privacy is not None:
         _search(privacy, string or [], strings, as_json)
         return
     if string or strings:
         raise ConfigError("--string and --strings need --privacy OUT.")
-    from slideflow_ray.doctor import examine
+    from slideflow_ray.doctor import examine, look
 
-    for name, value in examine().items():
+    found = examine() if image is None else look(image, mpp)
+    for name, value in found.items():
         typer.echo(f"{name:14} {value}")
 
 

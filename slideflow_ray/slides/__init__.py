@@ -10,8 +10,12 @@ folder with OME-Zarr's metadata, zip  omezarr (0.4 and 0.5)
 folder of one DICOM series            openslide
 TIFF                                  tiffslide, openslide, image
 PNG, JPEG                             image (MIRAX, whose .mrxs is a JPEG: openslide)
+MRC, DM3, DM4                         electron, always as a micrograph
 anything else                         openslide
 ====================================  ==========================================
+
+With modality "tem" what was opened is read as a micrograph (`micrograph`): grey, through a window, without what was
+burnt in.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from slideflow_ray.blocks import Blocks
-from slideflow_ray.errors import NotASlide, SlideError
+from slideflow_ray.errors import BadMpp, NoMpp, NotASlide, SlideError
 from slideflow_ray.remote import at_hand
 from slideflow_ray.slides.base import SlideReader, check_bytes, check_file
 from slideflow_ray.slides.tiles import read_tiles
@@ -44,8 +48,14 @@ def open_slide(
     TruncatedSlide, BadDimensions, NoMpp and BadMpp.
     """
     source = at_hand(uri) if source is None else source
+    if modality == "tem" or (isinstance(source, Path) and source.is_file() and check_file(source) in ("dm", "mrc")):
+        return _micrograph(uri, source, mpp)
+    return _opened(uri, source, mpp, modality)
+
+
+def _opened(uri: str, source: Path | Blocks, mpp: float | None, modality: str | None) -> SlideReader:
     causes, cause = [], None
-    for name, opener in _of_blocks(source) if isinstance(source, Blocks) else _openers(source):
+    for name, opener in _of_blocks(source) if isinstance(source, Blocks) else _openers(source, modality):
         try:
             return opener(uri, source, mpp, modality)
         except (SlideError, MemoryError):
@@ -54,6 +64,29 @@ def open_slide(
             causes.append(f"{name}: {error}".rstrip(". "))
             cause = error
     raise NotASlide(f"{uri} is not a slide that can be read ({'; '.join(causes)}).") from cause
+
+
+def _micrograph(uri: str, source: Path | Blocks, mpp: float | None) -> SlideReader:
+    """Open a micrograph; where nothing says its scale, look for its scale bar, so that the error can name it."""
+    from slideflow_ray.slides.micrograph import Micrograph, no_scale
+
+    said = _said(source) if mpp is None else None
+    try:
+        return Micrograph(_opened(uri, source, mpp or said, "tem"), source, "file" if said else None)
+    except (NoMpp, BadMpp) as error:
+        if mpp is not None:
+            raise
+        with Micrograph(_opened(uri, source, 1.0, "tem"), source) as reader:
+            raise no_scale(reader, error) from error
+
+
+def _said(source: Path | Blocks) -> float | None:
+    """Return um per pixel as a microscope's own software writes it into a TIFF."""
+    if isinstance(source, Blocks) or not source.is_file() or check_file(source) != "tiff":
+        return None
+    from slideflow_ray.slides.image import microscope_mpp
+
+    return microscope_mpp(source)
 
 
 def _of_blocks(file: Blocks) -> list[tuple[str, Opener]]:
@@ -69,7 +102,7 @@ def _of_blocks(file: Blocks) -> list[tuple[str, Opener]]:
     return found
 
 
-def _openers(path: Path) -> list[tuple[str, Opener]]:
+def _openers(path: Path, modality: str | None) -> list[tuple[str, Opener]]:
     """Return the readers that may open a path, the best first. Raises what `check_file` does."""
     if path.is_dir() and is_zarr(path):
         return [("zarr", _omezarr)]
@@ -79,9 +112,14 @@ def _openers(path: Path) -> list[tuple[str, Opener]]:
     if kind == "tiff":
         from slideflow_ray.slides.image import is_deep
 
+        if modality == "tem":
+            plain = [("tiffslide", _tiff)] * (not is_deep(path))
+            return [*plain, ("pieces", _deep), ("tifffile", _image)]
         if is_deep(path):
             return [("tifffile", _image)]
         return [("tiffslide", _tiff), ("openslide", _openslide), ("tifffile", _image)]
+    if kind in ("dm", "mrc"):
+        return [(kind, _electron)]
     if kind == "zip":
         return [("zarr", _omezarr)]
     if kind in ("png", "jpeg") and not (path.with_suffix("") / "Slidedat.ini").exists():
@@ -110,6 +148,19 @@ def _tiff(uri: str, source: Path | Blocks, mpp: float | None, modality: str | No
     from slideflow_ray.slides.tiff import TiffReader
 
     return TiffReader(uri, source, mpp, modality)
+
+
+def _deep(uri: str, path: Path, mpp: float | None, modality: str | None) -> SlideReader:
+    from slideflow_ray.slides.deep import DeepReader
+    from slideflow_ray.slides.image import tiff_resolution
+
+    return DeepReader(uri, path, mpp, tiff_resolution(path))
+
+
+def _electron(uri: str, path: Path, mpp: float | None, modality: str | None) -> SlideReader:
+    from slideflow_ray.slides.electron import ElectronReader
+
+    return ElectronReader(uri, path, mpp, check_file(path))
 
 
 def _openslide(uri: str, path: Path, mpp: float | None, modality: str | None) -> SlideReader:

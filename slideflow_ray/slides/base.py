@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal, NoReturn, Protocol, Self
+from typing import Any, BinaryIO, Literal, NoReturn, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from slideflow_ray.geometry import Level, level_downsample
 from slideflow_ray.slides.ifd import check_directories
 
 Pixels = npt.NDArray[np.uint8]
+Stored = npt.NDArray[Any]
 Box = tuple[int, int, int, int]
 
 WHITE = 255
@@ -58,7 +60,7 @@ UM_OF = {
 MppSource = Literal["cohort", "file", "objective"]
 """Who said what a pixel measures: the user, the file, or (a guess) the objective that the file names."""
 
-Kind = Literal["tiff", "zip", "png", "jpeg", "other"]
+Kind = Literal["tiff", "zip", "png", "jpeg", "dm", "mrc", "other"]
 MAGIC: dict[bytes, Kind] = {
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "tiff"),
     b"PK\3\4": "zip",
@@ -105,6 +107,10 @@ class SlideReader(Protocol):
     ) -> None: ...
 
 
+class Unsupported(Exception):
+    """This file is for another reader (or for none)."""
+
+
 class Opened:
     """What readers share: a context manager that closes, and no pickling."""
 
@@ -146,7 +152,7 @@ def check_file(path: Path) -> Kind:
 
 def check_bytes(name: str, file: BinaryIO, size: int) -> Kind:
     """Return what the first bytes of an open file of `size` bytes say it is. Raises as `check_file` does."""
-    head = file.read(64)
+    head = file.read(256)
     if size == 0:
         raise NotASlide(f"{name} is empty.")
     if head.startswith(b"version https://git-lfs"):
@@ -154,9 +160,17 @@ def check_bytes(name: str, file: BinaryIO, size: int) -> Kind:
             f"{name} is a git-LFS pointer, not the slide itself.", next_step="Run `git lfs pull` and run again."
         )
     kind: Kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), "other")
+    kind = _electron(head) if kind == "other" else kind
     if kind == "tiff":
         check_directories(name, file, size)
     return kind
+
+
+def _electron(head: bytes) -> Kind:
+    """Return "dm" for DM3 and DM4 (version and byte order stand first), "mrc" for MRC2014, else "other"."""
+    if (head[:4], head[8:12][:3]) == (b"\0\0\0\3", b"\0\0\0") or (head[:4], head[12:15]) == (b"\0\0\0\4", b"\0\0\0"):
+        return "dm"
+    return "mrc" if head[208:212] == b"MAP " else "other"
 
 
 def check_size(uri: str, size_px0: tuple[int, int], file_bytes: int) -> None:
@@ -228,6 +242,23 @@ def um_of(unit: str) -> float | None:
     return UM_OF.get(unit.strip().replace("\u00b5", "u").replace("\u03bc", "u"))
 
 
+def ome_mpp(xml: str) -> tuple[float, float] | None:
+    """Return um per pixel along x and y by OME-XML's first image, or None.
+
+    The attributes are taken from the text of one tag, so no XML parser meets a stranger's file.
+    """
+    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", xml)
+    found = dict(re.findall(r'\b(PhysicalSize[XY](?:Unit)?)="([^"]*)"', pixels[0])) if pixels else {}
+    if not {"PhysicalSizeX", "PhysicalSizeY"} <= set(found):
+        return None
+    units = [um_of(found.get(f"PhysicalSize{axis}Unit", "um")) for axis in "XY"]
+    try:
+        x, y = (float(found[f"PhysicalSize{a}"]) * (u or math.nan) for a, u in zip("XY", units, strict=True))
+    except ValueError:
+        return None
+    return x, y
+
+
 def pyramid(sizes: Sequence[tuple[int, int]]) -> dict[int, Level]:
     """Return the levels that belong to level 0's pyramid, by their index in `sizes`.
 
@@ -268,6 +299,48 @@ def on_white(rgba: Pixels) -> Pixels:
         return rgba[..., :3]
     alpha = rgba[..., 3:].astype(np.uint16)
     return ((rgba[..., :3] * alpha + WHITE * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def luma(pixels: Stored) -> Stored:
+    """Return grey, (h, w), of the same dtype; alpha is left out.
+
+    >>> luma(np.array([[[7, 7, 7], [255, 0, 0]]], np.uint8)).tolist()
+    [[7, 76]]
+    """
+    if pixels.ndim == 2:
+        return pixels
+    if pixels.shape[2] < 3:
+        return pixels[..., 0]
+    red, green, blue = (pixels[..., i] for i in range(3))
+    if np.array_equal(red, green) and np.array_equal(green, blue):
+        return red
+    wide = np.int64 if pixels.dtype.kind in "iu" else np.float64
+    mixed = red.astype(wide) * 19595 + green.astype(wide) * 38470 + blue.astype(wide) * 7471
+    grey: Stored = ((mixed + 0x8000) // 65536 if wide is np.int64 else mixed / 65536).astype(pixels.dtype)
+    return grey
+
+
+def kept_px0(reader: SlideReader) -> Box:
+    """Return what of a slide is picture, (x0, y0, x1, y1) in px0: all, but for a micrograph with burnt-in furniture."""
+    x0, y0, x1, y1 = about_micrograph(reader).get("micrograph", {}).get("keep_px0", (0, 0, *reader.size_px0))
+    return x0, y0, x1, y1
+
+
+def is_micrograph(reader: SlideReader) -> bool:
+    """Return whether a slide is read as a micrograph: one of modality "tem" whose pixels are grey."""
+    return bool(getattr(reader, "is_grey", False))
+
+
+def about_micrograph(reader: SlideReader) -> dict[str, Any]:
+    """Return what a store says of a micrograph, under "micrograph"; nothing of other slides."""
+    return {"micrograph": reader.about} if is_micrograph(reader) else {}  # type: ignore[attr-defined]
+
+
+def on_level(box_px0: Box, level: Level) -> Box:
+    """Return the whole pixels of a level that lie in a box (x0, y0, x1, y1) of px0, never fewer than one each way."""
+    (dx, dy), (w, h) = level.downsample, level.size
+    x0, y0 = math.ceil(box_px0[0] / dx), math.ceil(box_px0[1] / dy)
+    return x0, y0, max(x0 + 1, min(w, int(box_px0[2] / dx))), max(y0 + 1, min(h, int(box_px0[3] / dy)))
 
 
 def describe(uri: str, level: int, xy: tuple[int, int], size: tuple[int, int]) -> str:

@@ -10,6 +10,7 @@ orientation that EXIF asks for is ignored: coordinates are those of the stored p
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ from slideflow_ray.errors import BadDimensions, NotASlide, ReadError
 from slideflow_ray.geometry import Level
 from slideflow_ray.slides.base import (
     WHITE,
+    Box,
     Kind,
     Opened,
     Pixels,
@@ -29,12 +31,17 @@ from slideflow_ray.slides.base import (
     checked_mpp,
     describe,
     inside,
+    ome_mpp,
     on_white,
+    um_of,
 )
 from slideflow_ray.slides.codestream import check_pieces, jpeg_size
 
 MAX_IMAGE_PIXELS = 89_000_000
 """9,400 x 9,400: 270 MB as RGB. Pillow warns of a decompression bomb from 89.5 million pixels on."""
+
+RESOLUTION_UNITS: Mapping[int, float] = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}
+"""um per unit of TIFF's ResolutionUnit: inch, cm, and what some write besides, mm and um."""
 
 WINDOW = (0.5, 99.5)
 """Percentiles of 16-bit pixels that become 0 and 255."""
@@ -55,6 +62,7 @@ class ImageReader(Opened):
         self._path = path
         self._kind = check_file(path)
         self._pixels: Pixels | None = None
+        self._raw: Raw | None = None
         self._window: tuple[float, float] | None = None
         self._closed = False
         self.size_px0, found = _header(uri, path, self._kind)
@@ -88,16 +96,27 @@ class ImageReader(Opened):
         if self._closed:
             raise ValueError("the slide is closed")
         if self._pixels is None:
-            raw = _tiff_pixels(self._path) if self._kind == "tiff" else _pillow_pixels(self._path, self._kind)
-            if raw.shape[1::-1] != self.size_px0:
-                raise ValueError(f"it decodes to {raw.shape[1]} x {raw.shape[0]} pixels")
-            self._pixels, self._window = eight_bit(raw)
+            self._pixels, self._window = eight_bit(self._as_stored())
         return self._pixels
+
+    def _as_stored(self) -> Raw:
+        raw = _tiff_pixels(self._path) if self._kind == "tiff" else _pillow_pixels(self._path, self._kind)
+        if raw.shape[1::-1] != self.size_px0:
+            raise ValueError(f"it decodes to {raw.shape[1]} x {raw.shape[0]} pixels")
+        return raw
+
+    def stored(self, level: int, box: Box) -> Raw:
+        """Return the values of a box (x0, y0, x1, y1) as they are stored, (h, w) or (h, w, 1 to 4), 8 or 16 bit."""
+        if self._closed:
+            raise ValueError("the slide is closed")
+        if self._raw is None:
+            self._raw = self._as_stored()
+        return self._raw[box[1] : box[3], box[0] : box[2]]
 
     def close(self) -> None:
         """Let the pixels go; reading afterwards raises ReadError."""
         self._closed = True
-        self._pixels = None
+        self._pixels = self._raw = None
 
 
 def eight_bit(raw: Raw) -> tuple[Pixels, tuple[float, float] | None]:
@@ -195,11 +214,63 @@ def _tiff_header(uri: str, path: Path) -> tuple[tuple[int, int], tuple[object, o
             raise NotASlide(
                 f"{uri} has {page.samplesperpixel} channels of {page.dtype}; 1 to 4 of 8 or 16 bit would do."
             )
-        unit = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}.get(int(page.tags.valueof("ResolutionUnit", 2)))
-        ends = [page.tags.valueof(name) for name in ("XResolution", "YResolution")]
+        return size, _resolution(page)
+
+
+def tiff_resolution(path: Path) -> tuple[float | None, float | None]:
+    """Return um per pixel along x and y by the resolution tags of a TIFF's first page; None where it has none."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        return _resolution(_first(file))
+
+
+def _resolution(page: Any, units: Mapping[int, float] = RESOLUTION_UNITS) -> tuple[float | None, float | None]:
+    unit = units.get(int(page.tags.valueof("ResolutionUnit", 2)))
+    ends = [page.tags.valueof(name) for name in ("XResolution", "YResolution")]
     if unit is None or any(not end or not end[0] for end in ends):
-        return size, (None, None)
-    return size, (unit * ends[0][1] / ends[0][0], unit * ends[1][1] / ends[1][0])
+        return None, None
+    return unit * ends[0][1] / ends[0][0], unit * ends[1][1] / ends[1][0]
+
+
+def microscope_mpp(path: Path) -> float | None:
+    """Return um per pixel as the software of a microscope writes it into a TIFF, or None.
+
+    FEI and Thermo Fisher, Zeiss, OME, Olympus SIS (iTEM), Gatan's exports, and ImageJ's unit with its resolution.
+    """
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            return next((mpp for mpp in _microscopes(file) if mpp is not None and mpp > 0), None)
+    except (tifffile.TiffFileError, ValueError, TypeError, KeyError, IndexError, OSError, struct.error):
+        return None
+
+
+def _microscopes(file: Any) -> Iterator[float | None]:
+    """What each kind of software says; tags of Gatan's as DigitalMicrograph exports them: unit 65003, scale 65009."""
+    fei = file.fei_metadata or {}
+    widths = [fei[part].get("PixelWidth") for part in ("Scan", "EScan") if isinstance(fei.get(part), dict)]
+    yield from (float(width) * 1e6 for width in widths if width)
+    zeiss = file.sem_metadata or {}
+    for key in ("ap_pixel_size", "ap_image_pixel_size"):
+        yield _length(*zeiss[key][1:3]) if len(zeiss.get(key, ())) > 2 else None
+    yield float((file.sis_metadata or {}).get("pixelsizex") or 0) * 1e6
+    yield (ome_mpp(file.ome_metadata or "") or (None,))[0]
+    tags = _first(file).tags
+    yield _length(tags.valueof(65009), tags.valueof(65003))
+    unit = (file.imagej_metadata or {}).get("unit")
+    per_unit = _resolution(_first(file), dict.fromkeys(range(6), 1.0))[0]
+    yield _length(per_unit, str(unit).replace("\\u00B5", "u")) if unit and per_unit else None
+
+
+def _length(value: Any, unit: Any) -> float | None:
+    """Return a length with its unit in um; None where the unit is none."""
+    if value is None or unit is None:
+        return None
+    text = unit.decode("utf-16-le" if b"\0" in unit else "latin-1") if isinstance(unit, bytes) else str(unit)
+    um = um_of(text.strip("\0 "))
+    return None if um is None else float(value) * um
 
 
 def _is_foreign(page: Any) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ from slideflow_ray.slides.base import (
     Box,
     Opened,
     Pixels,
+    Unsupported,
     check_size,
     checked_mpp,
     describe,
     inside,
+    ome_mpp,
     on_white,
     pyramid,
-    um_of,
 )
 from slideflow_ray.slides.codestream import KNOWN, check_piece
 
@@ -46,10 +46,6 @@ JPEG_CODECS = (6, 7)
 ALPHA = (1, 2)
 """What ExtraSamples says of a fourth channel that is alpha, associated or not; another one means nothing to us."""
 APERIO_YCBCR = 33003
-
-
-class Unsupported(Exception):
-    """This TIFF is for another library (or for none)."""
 
 
 class TiffReader(Opened):
@@ -75,7 +71,7 @@ class TiffReader(Opened):
         found = self._slide.properties
         self.size_px0: tuple[int, int] = self._slide.dimensions
         check_size(self.uri, self.size_px0, file.size)
-        ends = _ome_mpp(tiff.ome_metadata or "") or (found.get("tiffslide.mpp-x"), found.get("tiffslide.mpp-y"))
+        ends = ome_mpp(tiff.ome_metadata or "") or (found.get("tiffslide.mpp-x"), found.get("tiffslide.mpp-y"))
         power = found.get("tiffslide.objective-power")
         self.mpp0, self.mpp_source = checked_mpp(self.uri, mpp, ends, objective=power, modality=modality)
         series = tiff.series[found["tiffslide.series-index"]]
@@ -189,23 +185,6 @@ class _Page:
         if tile.shape[2] == 4:
             return on_white(tile) if self._alpha else np.ascontiguousarray(tile[..., :3])
         return tile
-
-
-def _ome_mpp(xml: str) -> tuple[float, float] | None:
-    """Return um per pixel along x and y by OME-XML's first image, or None; tiffslide reads the TIFF's tags only.
-
-    The attributes are taken from the text of one tag, so no XML parser meets a stranger's file.
-    """
-    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", xml)
-    found = dict(re.findall(r'\b(PhysicalSize[XY](?:Unit)?)="([^"]*)"', pixels[0])) if pixels else {}
-    if not {"PhysicalSizeX", "PhysicalSizeY"} <= set(found):
-        return None
-    units = [um_of(found.get(f"PhysicalSize{axis}Unit", "um")) for axis in "XY"]
-    try:
-        x, y = (float(found[f"PhysicalSize{a}"]) * (u or math.nan) for a, u in zip("XY", units, strict=True))
-    except ValueError:
-        return None
-    return x, y
 
 
 def _check_pixels(frame: Any) -> None:

@@ -50,10 +50,11 @@ def mask_slide(
         return node
     regions = named(read_annotation(item.annotation), classes, spec.names, item.annotation) if item.annotation else ()
     width, height = store.attrs["size_px0"]
+    kept = store.attrs.get("micrograph", {}).get("keep_px0", (0, 0, width, height))
     store.create_rows(node, (len(xy), tile_px, tile_px), np.uint8, rows, fill=NOT_SCORED, sharded=True)
     for chunk in range(-(-len(xy) // rows)):
         here = slice(chunk * rows, (chunk + 1) * rows)
-        store.write_chunk(node, chunk, draw(regions, classes, xy[here], wh[here], tile_px, (width, height)))
+        store.write_chunk(node, chunk, draw(regions, classes, xy[here], wh[here], tile_px, (width, height), kept))
     store.commit(node)
     return node
 
@@ -65,8 +66,11 @@ def draw(
     wh_px0: npt.NDArray[np.int32],
     tile_px: int,
     size_px0: tuple[int, int],
+    kept_px0: Sequence[int] | None = None,
 ) -> Masks:
     """Return the class of each pixel's centre, uint8 (n, T, T), 255 outside the slide.
+
+    kept_px0 : x0, y0, x1, y1 of a micrograph's picture; 255 outside it.
 
     regions : under the names of `classes`; where they overlap, the class that stands later in `classes` wins.
     """
@@ -79,10 +83,11 @@ def draw(
             px0 = float(wh_px0[i, 0]) / tile_px
             corner = (float(xy_px0[i, 1]) / px0, float(xy_px0[i, 0]) / px0)
             masks[i][even_odd(parts[p], corner, (tile_px, tile_px), px0)] = classes.index(region.name)
-    for axis, length in ((2, size_px0[0]), (1, size_px0[1])):
+    kept = kept_px0 or (0, 0, *size_px0)
+    for axis in (2, 1):
         at = 2 - axis  # x stands first in xy_px0
         centre = xy_px0[:, at, None] + (np.arange(tile_px) + 0.5) * (wh_px0[:, at, None] / tile_px)
-        outside = (centre < 0) | (centre >= length)
+        outside = (centre < kept[at]) | (centre >= kept[at + 2])
         masks[np.broadcast_to(np.expand_dims(outside, 3 - axis), masks.shape)] = NOT_SCORED
     return masks
 
