@@ -56,25 +56,32 @@ class Machine(nn.Module):
 
     Decision s(v) = sum_i a_i k(u_i, u) + b of standardised u, with k linear or exp(-gamma |u_i - u|^2); Platt's
     p = 1 / (1 + exp(A s + B)) is folded into the head, whose logits are 0 and -(A s + B): their difference is the
-    margin. `support` vectors are needed by the RBF kernel only; 0 is the linear one.
+    margin. `support` vectors are needed by the RBF kernel only; 0 is the linear one. `components` principal components
+    of u are what it sees, all of u for 0.
     """
 
     mean: Tensor
     scale: Tensor
     gamma: Tensor
     vectors: Tensor
+    basis: Tensor
 
-    def __init__(self, dim: int, support: int = 0) -> None:
+    def __init__(self, dim: int, support: int = 0, components: int = 0) -> None:
         super().__init__()
+        self.components = components
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
         self.register_buffer("gamma", torch.tensor(1.0))
-        self.register_buffer("vectors", torch.zeros(support, dim))
-        self.head = nn.Linear(support or dim, 2)
+        self.register_buffer("vectors", torch.zeros(support, components or dim))
+        if components:
+            self.register_buffer("basis", torch.zeros(components, dim))
+        self.head = nn.Linear(support or components or dim, 2)
 
     def forward(self, v: Tensor) -> Tensor:
         """Return logits (n, 2) of features (n, D)."""
         u = (v.float() - self.mean) / self.scale
+        if self.components:
+            u = u @ self.basis.T
         if len(self.vectors):
             # differences written out: by a product of matrices, digits would cancel
             apart = torch.cdist(u, self.vectors, compute_mode="donot_use_mm_for_euclid_dist")
@@ -133,7 +140,7 @@ class TwoModels(nn.Module):
         if self.rule == "features":
             joined: Tensor = self.machine(torch.cat([self.trunk(x).float(), self.second.features(x)], 1))
             return joined
-        a, b = _margin(self.first(x)), _margin(self.second(x))
+        a, b = margin_of(self.first(x)), margin_of(self.second(x))
         if self.rule == "vote":
             both = (torch.logit(self.weight * a.sigmoid() + (1 - self.weight) * b.sigmoid()))[:, None]
         else:
@@ -142,7 +149,8 @@ class TwoModels(nn.Module):
         return logits
 
 
-def _margin(logits: Tensor) -> Tensor:
+def margin_of(logits: Tensor) -> Tensor:
+    """Return the margin of the second of two classes, float64 (n,), of logits (n, 2)."""
     z = logits.double()
     return z[:, 1] - z[:, 0]
 
