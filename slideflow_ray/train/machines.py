@@ -218,7 +218,7 @@ def fit_two_models(
     if not isinstance(other, SkipSvm):
         raise ConfigError(f"{second} is no skip-svm.")
     with reproducible(spec.seed, spec.threads):
-        nets = [_Margin(net), _Margin(other), nn.Sequential(_Both(headless(net, 2), other.features))]
+        nets = [Margin(net), Margin(other), nn.Sequential(_Both(headless(net, 2), other.features))]
         rows = table_of(nets, card, data.source("train"), spec)
         if machine.judged == "folds" and not (machine.first or machine.second):
             seen = _by_folds(card, job, data, train, other, rows)
@@ -237,7 +237,7 @@ def fit_two_models(
     return Trained(done[0], done[1], (history,), 0), said
 
 
-class _Margin(nn.Module):
+class Margin(nn.Module):
     """A network of two classes as its margin of the second."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -321,7 +321,7 @@ def _by_folds(card: BundleCard, job: TrainJob, data: Data, train: Train, other: 
         away = {rows.patients[i] for i in test}
         net = load_network(train(part_job(job, "first", k), without(data, away)))[1]
         trunk = headless(net, 2)
-        there = table_of([_Margin(net), trunk], card, data.source("train"), spec)
+        there = table_of([Margin(net), trunk], card, data.source("train"), spec)
         a[test] = there.values[0][test, 0]
         crossed.append(np.concatenate([there.values[1], second], 1))
     settings: dict[str, Any] = {"folds": machine.folds, "seed": spec.seed, "kernels": machine.kernels}
@@ -419,7 +419,7 @@ def _history(
     """One epoch's worth of words: loss and accuracy of unseen rows as those of training, and val by the bundle."""
     net = build(card.architecture, card.arguments, card.n_classes)
     net.load_state_dict(dict(state))
-    val = table_of([_Margin(net)], card, data.source("val"), spec)
+    val = table_of([Margin(net)], card, data.source("val"), spec)
     right = float(((oof >= 0.5) == (labels == 1)).mean())
     n = len(data.source("train"))
     return EpochResult(0, log_loss(oof, labels), 0.0, _validation(val), right, n, time.monotonic() - began)

@@ -380,6 +380,24 @@ PRESETS: dict[str, dict[str, Any]] = {
             "batch_size": 128,
         },
     },
+    # Granules, as METHODS completes the abstract: model A's training, and C of A and B. 224 px is "paper-like".
+    "000": {
+        "whole": {"tile_px": 512, "fit": "pad"},
+        "fit": {
+            "architecture": "two-models",
+            "arguments": {"first": "torchvision:resnet50", "second": {"backbone": "torchvision:resnet50"}},
+            "machine": {},
+            "weights": IMAGENET,
+            "optimiser": "adamw",
+            "lr": 1e-4,
+            "weight_decay": 1e-4,
+            "schedule": "cosine",
+            "epochs": 50,
+            "patience": 10,
+            "batch_size": 32,
+            "augment": {**_FLIPS, "brightness": 0.2, "contrast": 0.2, "saturation": 0.0, "hue": 0.0, "noise": 0.02},
+        },
+    },
     # The tuber paper, as METHODS completes it: the head alone for one epoch at 1e-3, then Adam at 1e-4.
     "003": {
         "tile": {"tile_px": 299, "mpp": 1.0},

@@ -158,7 +158,7 @@ def _crossed(
 
 def _held(features: Floats, labels: Ints, patients: Sequence[str], held: Held) -> _Rows:
     check_rows(labels, patients, 1)
-    check_rows(held[1], held[2], 1)
+    check_rows(held[1], held[2], 2)
     n, m = len(labels), len(held[1])
     splits = [(np.arange(n), np.arange(n, n + m))]
     y = np.concatenate([labels, held[1]])
@@ -289,6 +289,7 @@ def join(
     Each rule is judged by predictions of patients that its own weights were not fitted on either; the weights kept are
     fitted on all. Of equal rules the simpler is kept: vote, stack, features.
     """
+    check_rows(labels, patients, 2)
     splits = fold_rows(labels, patients, most_folds(labels, patients, folds), 0)
     voted, stacked = np.empty(len(labels)), np.empty(len(labels))
     for train, test in splits:
