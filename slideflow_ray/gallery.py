@@ -87,7 +87,7 @@ def explained_page(out: Path) -> list[dict[str, Any]]:
             for rows in list(images.values())[:EXPLAINED]
         ]
         folder = one["folder"].relative_to(out)
-        pages.append({"model": one["model"], "items": shown, "left": len(images) - len(shown), "folder": str(folder)})
+        pages.append({"model": one["model"], "images": shown, "left": len(images) - len(shown), "folder": str(folder)})
     return pages
 
 
