@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn import metrics as oracle
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
 
 from slideflow_ray.compare import Settings, compare
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.models.bundle import read_card
-from slideflow_ray.models.networks import load_network
+from slideflow_ray.models.networks import headless, load_network
 from slideflow_ray.phantoms.tem import write_tem_cohort
 from slideflow_ray.promote import Terms, promote
 from slideflow_ray.train.job import train
@@ -103,18 +106,14 @@ def test_the_three_are_run_compared_and_promoted_like_any_other(joined, cohort, 
     assert (tmp_path / "models" / "granule" / "current.json").is_file()
 
 
-def test_a_run_needs_no_scikit_learn(joined):
+def test_a_run_needs_no_scikit_learn(joined, monkeypatch):
     out, result, _ = joined
-    code = f"""
-import sys
-sys.modules["sklearn"] = None
-import torch
-from slideflow_ray.models.networks import load_network
-for path in {[str(result.bundle), str(out / "work" / "parts" / "c-second")]}:
-    print(load_network(path)[1](torch.zeros(1, 3, {SIDE}, {SIDE})).shape)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.count("[1, 2]") == 2, done.stderr
+    for name in [name for name in sys.modules if name.split(".")[0] == "sklearn"] or ["sklearn"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError):
+        import sklearn.svm  # noqa: F401
+    for path in (result.bundle, out / "work" / "parts" / "c-second"):
+        assert load_network(path)[1](torch.zeros(1, 3, SIDE, SIDE)).shape == (1, 2)
 
 
 def test_features_of_a_backbone_that_knows_the_patients_are_judged_on_val(joined, cohort):
@@ -128,11 +127,7 @@ def test_features_of_a_backbone_that_knows_the_patients_are_judged_on_val(joined
     assert any("has seen 12 of the training patients" in getattr(event, "text", "") for event in said)
     own, given = (load_network(path)[1].state_dict() for path in (found.bundle, first))
     assert torch.equal(own["features.backbone.layer1.0.conv1.weight"], given["layer1.0.conv1.weight"])
-    machine = {"first": first, "second": str(found.bundle), "rules": ["vote"]}
-    both = {**TWO, "arguments": TWO["arguments"], "machine": machine}
-    c = train(job_of(cohort, out, "d", fit=both))
-    assert record(c.bundle)["join"]["judged"] == "val"
-    assert set(read_card(c.bundle).arguments["second"]) == {"backbone", "components", "support"}
+    assert own["machine.basis"].shape[0] == 4
     rows = list(csv.DictReader(cohort.read_text().splitlines()))
     for row in rows:
         row["split"] = {"train": "val", "val": "train"}.get(row["split"], row["split"])
@@ -144,6 +139,31 @@ def test_features_of_a_backbone_that_knows_the_patients_are_judged_on_val(joined
         writer.writerows(rows)
     with pytest.raises(ConfigError, match="12 patients of this training's val split"):
         train(job_of(out / "turned.csv", out, "e", fit=fit))
+
+
+def test_two_bundles_are_joined_on_val_by_a_machine_on_the_features_of_both(joined, cohort):
+    """The machine's oracle is scikit-learn's own, on features taken from the two networks by hand."""
+    out, _, _ = joined
+    parts = [out / "work" / "parts" / name for name in ("c-first", "c-second")]
+    machine = {"first": str(parts[0]), "second": str(parts[1]), "rules": ["features"], "kernels": ["rbf"]}
+    found = train(job_of(cohort, out, "d", fit={**TWO, "machine": machine}))
+    told = record(found.bundle)
+    assert (told["join"]["judged"], told["join"]["rule"]) == ("val", "features")
+    rows = [r for r in csv.DictReader(cohort.read_text().splitlines()) if r["split"] != "test"]
+    a, b = (load_network(path)[1] for path in parts)
+    card, net = load_network(found.bundle)
+    x = torch.cat([seen(cohort, row, card) for row in rows])
+    with torch.inference_mode():
+        z = net(x).double().numpy()
+        both = torch.cat([headless(a, 2)(x), b.features(x)], 1).double().numpy()
+    train_rows = [row["split"] == "train" for row in rows]
+    how = told["machine"]
+    svc = SVC(kernel="rbf", C=how["c"], gamma=how["gamma"], class_weight="balanced")
+    plain = make_pipeline(StandardScaler(), svc)
+    plain.fit(both[train_rows], [row["label"] == "granule" for row in rows if row["split"] == "train"])
+    decision, margin = plain.decision_function(both), z[:, 1] - z[:, 0]
+    slope, offset = np.polyfit(decision, margin, 1)
+    np.testing.assert_allclose(margin, slope * decision + offset, atol=2e-3)
 
 
 # repeated folds
@@ -196,18 +216,18 @@ def test_figures_are_scikit_learns(repeated, cohort):
     assert json.loads((out / "c" / "repeated.json").read_text())["verdict"] == found.verdict
 
 
-def predicted(bundle: Path, cohort: Path, rows: list[dict]) -> list[float]:
-    """Probabilities of granules, by PIL and torch alone."""
-    from PIL import Image
+def seen(cohort: Path, row: dict, card) -> torch.Tensor:
+    """A micrograph as a network is given it, by PIL and NumPy alone."""
+    grey = np.asarray(Image.open(cohort.parent / row["uri"])).astype(np.float32) / 255
+    x = (np.repeat(grey[..., None], 3, 2) - np.float32(card.mean)) / np.float32(card.std)
+    return torch.from_numpy(x).permute(2, 0, 1)[None].float()
 
+
+def predicted(bundle: Path, cohort: Path, rows: list[dict]) -> list[float]:
+    """Probabilities of granules."""
     card, net = load_network(bundle)
-    found = []
-    for row in rows:
-        grey = np.asarray(Image.open(cohort.parent / row["uri"])).astype(np.float32) / 255
-        x = (np.repeat(grey[..., None], 3, 2) - np.float32(card.mean)) / np.float32(card.std)
-        with torch.inference_mode():
-            found.append(float(net(torch.from_numpy(x).permute(2, 0, 1)[None].float()).softmax(1)[0, 1]))
-    return found
+    with torch.inference_mode():
+        return [float(net(seen(cohort, row, card)).softmax(1)[0, 1]) for row in rows]
 
 
 def called(function, **more):
