@@ -606,6 +606,7 @@ def _few(own: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], key
 
 
 def device_of(spec: TrainSpec) -> torch.device:
+    """Return where a training computes. Raises ConfigError for a GPU that is not there."""
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('train.device = "cuda", and torch sees no GPU here; use "auto" or "cpu".')
     if spec.device != "cpu" and torch.cuda.is_available():
