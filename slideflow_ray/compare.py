@@ -145,7 +145,7 @@ def _table(bundles: Sequence[Contestant], level: Level, split: str) -> list[str]
     for name in METRICS:
         cells = [with_interval(m.values[name], m.intervals[name]) if m else "-" for m in found]
         rows.append([name, *cells])
-    return [*_columns([heads, *rows]), ""]
+    return [*columns([heads, *rows]), ""]
 
 
 def _architectures(bundles: Sequence[Contestant], split: str) -> list[str]:
@@ -155,7 +155,7 @@ def _architectures(bundles: Sequence[Contestant], split: str) -> list[str]:
         found = b.at("tile") or b.at("slide")
         accuracy = with_interval(found.values["accuracy"], found.intervals["accuracy"]) if found else "-"
         rows.append([b.label, b.architecture, f"{b.parameters / 1e6:.2f}", f"{b.bytes / 1e6:.1f}", accuracy])
-    return [*_columns(rows), ""]
+    return [*columns(rows), ""]
 
 
 def _costs(bundles: Sequence[Contestant]) -> list[str]:
@@ -165,10 +165,11 @@ def _costs(bundles: Sequence[Contestant]) -> list[str]:
     if any(b.tiles_per_second for b in bundles):
         rate = [f"{b.tiles_per_second:,.0f}" if b.tiles_per_second else "-" for b in bundles]
         rows.append(["tiles per second (forward pass alone, here)", *rate])
-    return [*_columns(rows), ""]
+    return [*columns(rows), ""]
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table for a terminal, each column as wide as its widest cell."""
     wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(n) for cell, n in zip(row, wide, strict=True)).rstrip() for row in rows]
 

@@ -15,6 +15,7 @@ from PIL import Image
 from slideflow_ray.cascade import Cascade, cascades
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError
+from slideflow_ray.explain import read_explanations
 from slideflow_ray.results import JUDGED, Detection, Evaluation
 from slideflow_ray.slides import SlideReader, open_slide
 from slideflow_ray.store import SlideStore
@@ -68,6 +69,33 @@ def objects_page(out: Path, record: Mapping[str, Any], found: Evaluation) -> lis
             }
         )
     return pages
+
+
+EXPLAINED, MAP_PX = 12, 256
+"""Images of each model whose maps are in the report, and the height of their pictures at most."""
+
+
+def explained_page(out: Path) -> list[dict[str, Any]]:
+    """Return what the report shows of each model's explanations: image by image, its maps; nothing without any."""
+    pages = []
+    for one in read_explanations(out):
+        images: dict[tuple[str, int], list[Row]] = {}
+        for row in one["maps"]:
+            images.setdefault((row["slide_id"], row["row"]), []).append(row)
+        shown = [
+            {**rows[0], "maps": [{"map": row["map"], "pixels": _map(one["folder"] / row["picture"])} for row in rows]}
+            for rows in list(images.values())[:EXPLAINED]
+        ]
+        folder = one["folder"].relative_to(out)
+        pages.append({"model": one["model"], "images": shown, "left": len(images) - len(shown), "folder": str(folder)})
+    return pages
+
+
+def _map(path: Path) -> Rgb:
+    with Image.open(path) as image:
+        high = min(image.height, MAP_PX)
+        size = image.width * high // image.height, high
+        return np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
 
 
 # counts

@@ -27,7 +27,7 @@ from slideflow_ray.calibrate import read_calibrations
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError, as_slideflow_error
 from slideflow_ray.figures import Rows, distribution, pr_figure, reliability, roc_figure
-from slideflow_ray.gallery import objects_page
+from slideflow_ray.gallery import explained_page, objects_page
 from slideflow_ray.metrics import Confusion, Interval
 from slideflow_ray.packs import UNSCALED
 from slideflow_ray.planes import objects_node, read_areas, read_objects
@@ -149,6 +149,7 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "stale": current.stale,
         "lesions": current.lesions,
         "objects": objects_page(out, record, found or Evaluation()),
+        "explained": explained_page(out),
         "quality": read_quality(out, record["outcomes"], ROWS),
         "blurred": BLURRED,
         "cards": [card(out, item, record, found or Evaluation()) for item in done[:cards]],

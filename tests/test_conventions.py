@@ -87,9 +87,10 @@ HEAVY = {
     "shapely": {"export.py", "planes.py", "annotations.py", "objects.py", "detection.py", "train/masks.py"},
     "segmentation_models_pytorch": {"models/networks.py"},
     "tensorboardX": {"train/record.py"},
-    "sklearn": {"train/loop.py", "train/svm.py", "lesions.py", "stainview.py"},
+    "sklearn": {"train/loop.py", "train/svm.py", "train/machines.py", "lesions.py", "stainview.py"},
     "skimage": {"membrane.py", "train/pretext.py"},
     "defusedxml": {"annotations.py"},
+    "captum": {"explain.py"},
 }
 
 

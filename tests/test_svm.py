@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.decomposition import PCA
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
@@ -16,7 +17,7 @@ from sklearn.svm import SVC
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.models.networks import build, headless
 from slideflow_ray.models.skip import Machine
-from slideflow_ray.train.svm import fit_machine, join, joined_state, platt, repeated_folds
+from slideflow_ray.train.svm import fit_machine, fold_rows, join, joined_state, platt, repeated_folds
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +160,89 @@ def test_folds_repeat_and_keep_patients_together():
         seen.append((seed, fold, len(test)))
     assert len(seen) == 10
     assert sum(n for *_, n in seen) == 120
+
+
+# what machines are judged by, principal components, and stages that are added
+
+
+def test_rows_held_back_are_judged_by_a_machine_of_the_others(rows):
+    features, labels, patients = rows
+    mine = np.array([int(p[1:]) < 12 for p in patients])
+    of = [p for p, here in zip(patients, mine, strict=True) if here]
+    held = (features[~mine], labels[~mine], [p for p, here in zip(patients, mine, strict=True) if not here])
+    found = fit_machine(features[mine], labels[mine], of, held=held)
+    svc = SVC(kernel=found.kernel, C=found.c, gamma=found.gamma, class_weight="balanced")
+    plain = make_pipeline(StandardScaler(), svc).fit(features[mine], labels[mine])
+    np.testing.assert_allclose(found.mean, plain[0].mean_)
+    assert found.auc == pytest.approx(roc_auc_score(held[1], plain.decision_function(held[0])))
+    assert found.oof.shape == held[1].shape
+    assert roc_auc_score(held[1], found.oof) > 0.9
+
+
+def test_features_that_flatter_are_judged_by_those_of_networks_that_had_not_seen_them():
+    """A network that has seen a row tells its label; of others it knows nothing."""
+    rng = np.random.default_rng(4)
+    labels, patients = np.arange(80) // 2 % 2, [f"p{i // 2}" for i in range(80)]
+    noise = rng.standard_normal((6, 80, 3))
+    seen = noise[5].copy()
+    seen[:, 0] = labels + 0.01 * noise[5, :, 0]
+    crossed = []
+    for k, (train, _) in enumerate(fold_rows(labels, patients, 5, 0)):
+        there = noise[k].copy()
+        there[train, 0] = labels[train] + 0.01 * noise[k, train, 0]
+        crossed.append(there)
+    flattered = fit_machine(seen, labels, patients, quick=True)
+    honest = fit_machine(seen, labels, patients, quick=True, crossed=crossed)
+    assert roc_auc_score(labels, flattered.oof) > 0.99
+    assert roc_auc_score(labels, honest.oof) < 0.75
+
+
+def test_principal_components_are_scikit_learns(rows):
+    features, labels, patients = rows
+    found = fit_machine(features, labels, patients, components=3)
+    assert found.basis.shape == (3, 5)
+    svc = SVC(kernel=found.kernel, C=found.c, gamma=found.gamma, class_weight="balanced")
+    plain = make_pipeline(StandardScaler(), PCA(3, svd_solver="full"), svc).fit(features, labels)
+    machine = Machine(5, len(found.vectors), 3).eval()
+    machine.load_state_dict({k.removeprefix("machine."): v for k, v in found.state().items()})
+    with torch.inference_mode():
+        logits = machine(torch.from_numpy(features).float()).double().numpy()
+    decision, margin = plain.decision_function(features), logits[:, 1] - logits[:, 0]
+    slope, offset = np.polyfit(decision, margin, 1)
+    np.testing.assert_allclose(margin, slope * decision + offset, atol=2e-4)
+
+
+@pytest.mark.parametrize("backbone", ["torchvision:resnet18", "timm:test_resnet"])
+def test_stages_are_added_at_the_size_of_the_first(backbone):
+    net = build("skip-svm", {"backbone": backbone, "fusion": "add"}, 2).eval()
+    again = build("skip-svm", {"backbone": backbone, "fusion": "add"}, 2)
+    assert torch.equal(net.features.basis3, again.features.basis3)  # fixed, whatever the seed
+    x, seen = torch.rand(2, 3, 64, 64), {}
+    for stage in (1, 2, 3, 4):
+        net.features.backbone.get_submodule(f"layer{stage}").register_forward_hook(
+            lambda _m, _i, out, stage=stage: seen.update({stage: out})
+        )
+    with torch.inference_mode():
+        v = net.features(x).numpy()
+    side = seen[1].shape[-1]
+    total = 0
+    for stage in (1, 2, 3, 4):
+        basis = net.features.get_buffer(f"basis{stage}")[:, :, 0, 0].numpy()
+        small = torch.from_numpy(np.einsum("kc,ncij->nkij", basis, seen[stage].numpy()))
+        total = total + torch.nn.functional.interpolate(small, size=(side, side), mode="bilinear").numpy()
+    pooled = [total.mean((2, 3)), total.max((2, 3))]
+    expected = np.concatenate([part / np.linalg.norm(part, axis=1, keepdims=True) for part in pooled], 1)
+    np.testing.assert_allclose(v, expected, rtol=1e-3, atol=1e-5)
+    assert v.shape[1] == net.features.dim == 512
+
+
+def test_only_rules_that_may_be_kept_are_kept():
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 2, 100)
+    patients = [str(i // 2) for i in range(100)]
+    a, b = rng.uniform(0.2, 0.8, (2, 100))
+    joint = np.where(labels == 1, 0.99, 0.01)
+    assert join(a, b, labels, patients, joint).rule == "features"
+    assert join(a, b, labels, patients, joint, rules=["vote"]).rule == "vote"
+    with pytest.raises(ConfigError, match="1 patients; 2 folds"):
+        join(a, b, labels, ["a" if y else "b" for y in labels])

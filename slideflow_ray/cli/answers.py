@@ -147,3 +147,41 @@ def stain(
 
     found = show_stains(out, model, folder, seed)
     typer.echo(json.dumps(found.to_json()) if as_json else found.summary())
+
+
+class MapName(StrEnum):
+    """How a map is made."""
+
+    grad_cam = "grad-cam"
+    saliency = "saliency"
+    occlusion = "occlusion"
+
+
+@commands.command()
+def explain(
+    out: OutArgument,
+    model: Annotated[str | None, typer.Option(help="The model's name, where the run has several.")] = None,
+    item: Annotated[
+        list[str] | None, typer.Option(help="Only this slide_id; may be repeated. Default: the most probable ones.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="So many items, the most probable first.")] = 8,
+    class_: Annotated[str | None, typer.Option("--class", help="Whose score is explained.")] = None,
+    method: Annotated[
+        list[MapName] | None, typer.Option(help="May be repeated. Default: what suits the network.")
+    ] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Of Grad-CAM; may be repeated. Default: the last two resolutions.")
+    ] = None,
+    window_px: Annotated[int, typer.Option(min=2, help="Side of the occlusion's window.")] = 40,
+    stride_px: Annotated[int, typer.Option(min=1, help="Step of the occlusion's window.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Draw what a classifier's scores depend on: Grad-CAM, saliency or occlusion maps, as PNG and arrays."""
+    from slideflow_ray.explain import METHODS, Asked
+    from slideflow_ray.explain import explain as explain_
+    from slideflow_ray.progress import to_stderr
+
+    methods = tuple(known for known in METHODS if known in {one.value for one in method or ()})
+    asked = Asked(model, tuple(item or ()), top, class_, methods, tuple(layer or ()), window_px, stride_px)
+    found = explain_(out, asked, to_stderr())
+    typer.echo(json.dumps(found.to_json()) if as_json else found.summary())

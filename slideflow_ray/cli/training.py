@@ -42,7 +42,7 @@ def train(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The bundle to write (a folder).")] = None,
     classes: Annotated[str | None, typer.Option(help="Class names, the background first: normal,tumor")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Of a published training: 004, 003, paper-final (001), ref19.")
+        str | None, typer.Option(help="Of a published training: 000, 004, 003, paper-final (001), ref19.")
     ] = None,
     tile_px: Annotated[int, typer.Option(min=8, help="Tile size in pixels at --mpp.")] = 224,
     mpp: Annotated[float, typer.Option(help="um per pixel of the tiles.")] = 0.5,
@@ -51,9 +51,9 @@ def train(
     ] = None,
     task: Annotated[TaskName, typer.Option(help="multilabel: labels name several classes as A+B.")] = TaskName.classify,
     architecture: Annotated[
-        str, typer.Option(help="small-cnn, se-resnet, unet, torchvision:NAME, timm:NAME or smp:NAME.")
+        str, typer.Option(help="small-cnn, se-resnet, unet, skip-svm, two-models, torchvision:NAME, timm:..., smp:...")
     ] = "small-cnn",
-    weights: Annotated[str, typer.Option(help="random, imagenet, or FILE.safetensors.")] = "random",
+    weights: Annotated[str, typer.Option(help="random, imagenet, FILE.safetensors, or a bundle.")] = "random",
     freeze: Annotated[float, typer.Option(min=0, max=100, help="Percent of the blocks that keep their weights.")] = 0,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     batch_size: Annotated[int, typer.Option(min=2, help="Tiles of a step, of all workers together.")] = 32,

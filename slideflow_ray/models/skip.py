@@ -15,40 +15,75 @@ from torch import nn
 
 Tensor = torch.Tensor
 STAGES = (1, 2, 3, 4)
+FUSIONS = ("concat", "add")
+BASIS = 256
+"""Channels to which each stage is projected before stages are added."""
 
 
 class Stages(nn.Module):
-    """A torchvision ResNet's stages, each pooled by its mean and its maximum: fine granules are sparse and shallow.
+    """A ResNet's stages (torchvision's or timm's), each pooled by its mean and its maximum.
 
-    v_s = L2norm([GAP(layer_s) ; GMP(layer_s)]), v = concat_s v_s: 1,920 numbers of a ResNet-18, 7,680 of a ResNet-50.
+    Fine granules are sparse and shallow: the maximum and the first stages see them.
+
+    concat : v_s = L2norm([GAP(layer_s) ; GMP(layer_s)]), v = concat_s v_s: 1,920 numbers of a ResNet-18, 7,680 of a -50
+    add : as FCN adds scores (Long, Shelhamer and Darrell, CVPR 2015): each stage is projected to BASIS channels by a
+    fixed random basis, brought to the first stage's size and added; v = [GAP ; GMP] of the sum, each L2norm: 512
     """
 
-    def __init__(self, backbone: nn.Module, stages: Sequence[int] = STAGES) -> None:
+    def __init__(self, backbone: nn.Module, stages: Sequence[int] = STAGES, fusion: str = "concat") -> None:
         super().__init__()
         if not stages or not set(stages) <= set(STAGES) or not hasattr(backbone, "layer4"):
             raise ValueError(f"stages are of 1 to 4 of a ResNet, got {tuple(stages)} of {type(backbone).__name__}")
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion is one of {', '.join(FUSIONS)}, got {fusion!r}")
         self.backbone = backbone
         backbone.fc = nn.Identity()
         self.stages = tuple(sorted(set(stages)))
+        self.fusion = fusion
+        self.widths = tuple(_width(backbone.get_submodule(f"layer{stage}")) for stage in self.stages)
+        if fusion == "add":
+            generator = torch.Generator().manual_seed(0)
+            for stage, width in zip(self.stages, self.widths, strict=True):
+                basis = torch.randn(BASIS, width, 1, 1, generator=generator) / width**0.5
+                self.register_buffer(f"basis{stage}", basis)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return v, float32 (n, D), for input (n, 3, H, W)."""
         net = self.backbone
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))  # type: ignore[operator]
+        act = net.relu if hasattr(net, "relu") else net.act1
+        x = net.maxpool(act(net.bn1(net.conv1(x))))  # type: ignore[operator]
         found = []
         for stage in STAGES[: self.stages[-1]]:
             x = net.get_submodule(f"layer{stage}")(x)
             if stage in self.stages:
-                maps = x.float()
-                found.append(F.normalize(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1), dim=1))
-        return torch.cat(found, 1)
+                found.append(x.float())
+        if self.fusion == "concat":
+            return torch.cat([_pooled(maps) for maps in found], 1)
+        bases = (self.get_buffer(f"basis{stage}").float() for stage in self.stages)
+        small = [F.conv2d(maps, basis) for maps, basis in zip(found, bases, strict=True)]
+        size = small[0].shape[2:]
+        return _pooled(sum(F.interpolate(maps, size=size, mode="bilinear") for maps in small), apart=True)
 
     @property
     def dim(self) -> int:
         """D, the length of v."""
-        widths = [self.backbone.get_submodule(f"layer{stage}.0") for stage in self.stages]
-        last = [[m for m in block.modules() if isinstance(m, nn.BatchNorm2d)] for block in widths]
-        return sum(2 * max(norm.num_features for norm in norms) for norms in last)
+        return 2 * (sum(self.widths) if self.fusion == "concat" else BASIS)
+
+
+def _pooled(maps: Tensor | int, apart: bool = False) -> Tensor:
+    """Mean and maximum of maps (n, C, H, W) side by side, of length 1 together or each; float32 (n, 2 C)."""
+    if not isinstance(maps, Tensor):
+        raise TypeError("There are no maps.")
+    parts = [maps.mean((2, 3)), maps.amax((2, 3))]
+    if apart:
+        return torch.cat([F.normalize(part, dim=1) for part in parts], 1)
+    return F.normalize(torch.cat(parts, 1), dim=1)
+
+
+def _width(stage: nn.Module) -> int:
+    """The channels that leave a stage: those of its last block's last batch norm on the main path."""
+    *_, block = stage.children()
+    return max(m.num_features for m in block.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 class Machine(nn.Module):
@@ -56,25 +91,32 @@ class Machine(nn.Module):
 
     Decision s(v) = sum_i a_i k(u_i, u) + b of standardised u, with k linear or exp(-gamma |u_i - u|^2); Platt's
     p = 1 / (1 + exp(A s + B)) is folded into the head, whose logits are 0 and -(A s + B): their difference is the
-    margin. `support` vectors are needed by the RBF kernel only; 0 is the linear one.
+    margin. `support` vectors are needed by the RBF kernel only; 0 is the linear one. `components` principal components
+    of u are what it sees, all of u for 0.
     """
 
     mean: Tensor
     scale: Tensor
     gamma: Tensor
     vectors: Tensor
+    basis: Tensor
 
-    def __init__(self, dim: int, support: int = 0) -> None:
+    def __init__(self, dim: int, support: int = 0, components: int = 0) -> None:
         super().__init__()
+        self.components = components
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
         self.register_buffer("gamma", torch.tensor(1.0))
-        self.register_buffer("vectors", torch.zeros(support, dim))
-        self.head = nn.Linear(support or dim, 2)
+        self.register_buffer("vectors", torch.zeros(support, components or dim))
+        if components:
+            self.register_buffer("basis", torch.zeros(components, dim))
+        self.head = nn.Linear(support or components or dim, 2)
 
     def forward(self, v: Tensor) -> Tensor:
         """Return logits (n, 2) of features (n, D)."""
         u = (v.float() - self.mean) / self.scale
+        if self.components:
+            u = u @ self.basis.T
         if len(self.vectors):
             # differences written out: by a product of matrices, digits would cancel
             apart = torch.cdist(u, self.vectors, compute_mode="donot_use_mm_for_euclid_dist")
@@ -86,10 +128,17 @@ class Machine(nn.Module):
 class SkipSvm(nn.Module):
     """Model B: features of all stages, frozen, and a support vector machine."""
 
-    def __init__(self, backbone: nn.Module, stages: Sequence[int] = STAGES, support: int = 0) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        stages: Sequence[int] = STAGES,
+        support: int = 0,
+        fusion: str = "concat",
+        components: int = 0,
+    ) -> None:
         super().__init__()
-        self.features = Stages(backbone, stages)
-        self.machine = Machine(self.features.dim, support)
+        self.features = Stages(backbone, stages, fusion)
+        self.machine = Machine(self.features.dim, support, components)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (n, 2) for input (n, 3, H, W)."""
@@ -133,7 +182,7 @@ class TwoModels(nn.Module):
         if self.rule == "features":
             joined: Tensor = self.machine(torch.cat([self.trunk(x).float(), self.second.features(x)], 1))
             return joined
-        a, b = _margin(self.first(x)), _margin(self.second(x))
+        a, b = margin_of(self.first(x)), margin_of(self.second(x))
         if self.rule == "vote":
             both = (torch.logit(self.weight * a.sigmoid() + (1 - self.weight) * b.sigmoid()))[:, None]
         else:
@@ -142,7 +191,8 @@ class TwoModels(nn.Module):
         return logits
 
 
-def _margin(logits: Tensor) -> Tensor:
+def margin_of(logits: Tensor) -> Tensor:
+    """Return the margin of the second of two classes, float64 (n,), of logits (n, 2)."""
     z = logits.double()
     return z[:, 1] - z[:, 0]
 
@@ -151,12 +201,12 @@ def make_skip_svm(
     build: Callable[[str, Mapping[str, Any], int], nn.Module],
     n_classes: int,
     backbone: str = "torchvision:resnet50",
-    stages: Sequence[int] = STAGES,
-    support: int = 0,
+    backbone_arguments: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> SkipSvm:
-    """Return model B as a card describes it."""
+    """Return model B as a card describes it; `more` are stages, support, fusion and components of SkipSvm."""
     _two(n_classes)
-    return SkipSvm(build(backbone, {}, 2), stages, support)
+    return SkipSvm(build(backbone, backbone_arguments or {}, 2), **more)
 
 
 def make_two_models(

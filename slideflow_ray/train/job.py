@@ -42,7 +42,7 @@ from slideflow_ray.train.masks import areas_of, mask_slide, shown_by
 from slideflow_ray.train.pretrain import alarm_of, kept
 from slideflow_ray.train.record import RECORD, Diary, beside, data_record, training_record, versions, write_folder
 from slideflow_ray.train.sample import Mined, balanced, boxes_px0, mine, thin
-from slideflow_ray.train.spec import CrewSpec, TrainJob, TrainSpec
+from slideflow_ray.train.spec import MACHINES, CrewSpec, TrainJob, TrainSpec
 from slideflow_ray.train.tiles import ChunkTiles, LabelledChunk, class_indices
 from slideflow_ray.train.weights import Start, find_weights
 
@@ -138,7 +138,7 @@ def train(job: TrainJob, listen: Listener = silent, data: Data | None = None, **
         listen(Noted("No labelled tiles in split val: nothing is validated, and the last epoch's weights are kept."))
     return (
         _on_ray(job, data, start, listen, record)
-        if job.crew.kind == "ray"
+        if job.crew.kind == "ray" and job.fit.architecture not in MACHINES
         else _inline(job, data, start, listen, record)
     )
 
@@ -165,6 +165,7 @@ def card_of(job: TrainJob, targets: Targets | None = None) -> BundleCard:
             "mean": IMAGENET_MEAN,
             "std": IMAGENET_STD,
             "stain": targets,
+            **({"precision": "fp32"} if job.fit.architecture in MACHINES else {}),  # as its machine was fitted
             "licence": job.licence,
             "description": f"trained on {Path(job.cohort).name}" + (f". {LEAKING}" if leaks(job) else ""),
         },
@@ -199,7 +200,7 @@ class _Training:
         card = self.card.model_dump(mode="json", exclude={"name", "description", "licence"})
         with_crew = [self.size, self.job.crew.loaders, self.job.crew.kind]
         data = data_record(self.data.chunks, self.data.identities)["digest"]
-        fit = self.job.fit.model_dump(mode="json", exclude={"weights"})
+        fit = self.job.fit.model_dump(mode="json", exclude={"weights": True, "machine": {"first", "second"}})
         return digest([card, fit, self.start.source, data, with_crew, versions()])
 
     @property
@@ -249,7 +250,7 @@ class _Training:
         files = beside(trained, record)
         if self.job.task == "pretrain":
             return self._keep_weights(trained, files)
-        card = with_seam(self.card, trained.state_dict, self._example()) if self.card.seam else self.card
+        card = with_seam(self.card, trained.state_dict, self._example()) if self.card.seam else trained.card
         write_bundle(Path(self.job.out), card, trained.state_dict, overwrite=self.job.overwrite, beside=files)
         for checkpoint in self.folder.glob("epoch-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -287,6 +288,9 @@ def _inline(job: TrainJob, data: Data, start: Start, listen: Listener, record: M
     training = _Training(job, card_of(job, data.targets), data, start, 1, record)
     if (done := training.done()) is not None:
         return done
+    if job.fit.architecture in MACHINES:
+        trained, said = _at_once(training, listen)
+        return replace(training, record={**record, **said}).keep(trained)
     saved = last_epoch(training.folder)
     diary = Diary(training.folder)
     diary.begin(saved.history if saved else ())
@@ -307,6 +311,16 @@ def _inline(job: TrainJob, data: Data, start: Start, listen: Listener, record: M
     finally:
         diary.close()
     return training.keep(trained)
+
+
+def _at_once(training: _Training, listen: Listener) -> tuple[Trained, dict[str, Any]]:
+    """Fit what has no epochs; the parts of two models are trainings like any other, on the same data."""
+    from slideflow_ray.train.machines import fit_skip_svm, fit_two_models
+
+    card, job, data = training.card, training.job, training.data
+    if job.fit.architecture == "skip-svm":
+        return fit_skip_svm(card, job, data, training.start.state, listen)
+    return fit_two_models(card, job, data, lambda part, given: train(part, listen, given).bundle, listen)
 
 
 def _save(folder: Path, progress: Any) -> None:

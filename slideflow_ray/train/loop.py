@@ -200,7 +200,7 @@ def new_trainer(
     if (card.architecture, card.arguments) != (spec.architecture, spec.arguments):
         raise ConfigError(f"The card says {card.architecture} {card.arguments}, the training {spec.architecture}.")
     crew.share_of(spec.batch_size)
-    device = _device(spec)
+    device = device_of(spec)
     if device.type == "cuda":
         settle_gpu()
     with torch.random.fork_rng(devices=[]):
@@ -615,7 +615,8 @@ def _few(own: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor], key
     return "; ".join(said[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _device(spec: TrainSpec) -> torch.device:
+def device_of(spec: TrainSpec) -> torch.device:
+    """Return where a training computes. Raises ConfigError for a GPU that is not there."""
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError('train.device = "cuda", and torch sees no GPU here; use "auto" or "cpu".')
     if spec.device != "cpu" and torch.cuda.is_available():

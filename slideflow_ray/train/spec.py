@@ -32,6 +32,8 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 RANDOM, IMAGENET = "random", "imagenet"
 
 SE_RESNET = "se-resnet"
+MACHINES = ("skip-svm", "two-models")
+"""Architectures that are fitted at once, not epoch by epoch."""
 
 
 class AugmentSpec(Spec):
@@ -99,6 +101,34 @@ class PretextSpec(Spec):
     blur: NotNegative = 1.0
 
 
+class MachineSpec(Spec):
+    """How a support vector machine is fitted on frozen features, and two models are joined (METHODS part 000).
+
+    kernels : which are searched; folds : by patient, for the search, calibration and joining
+    Of "two-models" besides
+    rules : of joining; judged : predictions by which one is chosen, of "folds" (the first network is trained once more
+    for each fold, without its patients) or of "val" (whose patients chose the first network's epoch: a little kind)
+    first, second : bundles that are there already; None trains them here. Bundles are judged on val
+    """
+
+    kernels: Annotated[tuple[Literal["linear", "rbf"], ...], Field(min_length=1)] = ("linear", "rbf")
+    folds: Annotated[int, Field(ge=2, le=20)] = 5
+    rules: Annotated[tuple[Literal["vote", "stack", "features"], ...], Field(min_length=1)] = (
+        "vote",
+        "stack",
+        "features",
+    )
+    judged: Literal["folds", "val"] = "folds"
+    first: str | None = None
+    second: str | None = None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The bundles that are there already, by name."""
+        both = {"first": self.first, "second": self.second}
+        return {name: path for name, path in both.items() if path}
+
+
 class TrainSpec(Spec):
     """How a network is trained.
 
@@ -112,7 +142,8 @@ class TrainSpec(Spec):
     `threads` 0 leaves torch's choice. `precision` "auto" is bf16 autocast where the hardware has bf16 (ResNet-18
     trains 2.3 to 3.6 times as fast on such a CPU), else fp32; weights and optimiser stay in fp32 either way.
     `warmup`: epochs in which the rate climbs from 0 in a straight line. `pretext`: what is learnt without labels, for
-    task "pretrain".
+    task "pretrain". `machine`: how "skip-svm" and "two-models" are fitted; `weights` are those of the first's frozen
+    backbone (a bundle of a ResNet will do), and of the second's first network.
     """
 
     architecture: str = "small-cnn"
@@ -145,6 +176,7 @@ class TrainSpec(Spec):
     precision: Precision = "auto"
     warmup: Annotated[int, Field(ge=0)] = 0
     pretext: PretextSpec | None = None
+    machine: MachineSpec | None = None
 
     @field_validator("augment", mode="before")
     @classmethod
@@ -159,6 +191,8 @@ class TrainSpec(Spec):
             raise ValueError('nesterov belongs to optimiser = "sgd" with momentum')
         if self.milestones and self.schedule != "multistep":
             raise ValueError('milestones belong to schedule = "multistep"')
+        if self.machine and self.architecture not in MACHINES:
+            raise ValueError(f"[fit.machine] belongs to {' and '.join(MACHINES)}, not {self.architecture}")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError('schedule = "multistep" needs milestones')
         return self
@@ -287,6 +321,12 @@ class TrainJob(Spec):
         return self
 
     @model_validator(mode="after")
+    def _machines_tell_two_apart(self) -> TrainJob:
+        if self.fit.architecture in MACHINES and (self.task != "classify" or len(self.classes) != 2):
+            raise ValueError(f"{self.fit.architecture} tells two classes apart; give two, the background first")
+        return self
+
+    @model_validator(mode="after")
     def _strides_are_of_classes(self) -> TrainJob:
         if unknown := sorted(set(self.sample.stride) - set(self.classes)):
             raise ValueError(f"sample.stride names {', '.join(unknown)}; the classes are {', '.join(self.classes)}")
@@ -353,6 +393,24 @@ PRESETS: dict[str, dict[str, Any]] = {
             "lr": 0.1,
             "weight_decay": 1e-4,
             "batch_size": 128,
+        },
+    },
+    # Granules, as METHODS completes the abstract: model A's training, and C of A and B. 224 px is "paper-like".
+    "000": {
+        "whole": {"tile_px": 512, "fit": "pad"},
+        "fit": {
+            "architecture": "two-models",
+            "arguments": {"first": "torchvision:resnet50", "second": {"backbone": "torchvision:resnet50"}},
+            "machine": {},
+            "weights": IMAGENET,
+            "optimiser": "adamw",
+            "lr": 1e-4,
+            "weight_decay": 1e-4,
+            "schedule": "cosine",
+            "epochs": 50,
+            "patience": 10,
+            "batch_size": 32,
+            "augment": {**_FLIPS, "brightness": 0.2, "contrast": 0.2, "saturation": 0.0, "hue": 0.0, "noise": 0.02},
         },
     },
     # The tuber paper, as METHODS completes it: the head alone for one epoch at 1e-3, then Adam at 1e-4.
@@ -430,6 +488,10 @@ def load_train(path: Path) -> dict[str, Any]:
         if isinstance(values.get(key), str):
             values[key] = relative_to(here, values[key])
     fit = values.get("fit")
+    machine = fit.get("machine") if isinstance(fit, dict) else None
+    for key in ("first", "second"):
+        if isinstance(machine, dict) and isinstance(machine.get(key), str):
+            machine[key] = relative_to(here, machine[key])
     if isinstance(fit, dict) and isinstance(fit.get("weights"), str) and fit["weights"] not in (RANDOM, IMAGENET):
         fit["weights"] = relative_to(here, fit["weights"])
     crew = values.get("crew")

@@ -19,6 +19,7 @@ from slideflow_ray.errors import ConfigError
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Rule = Literal["vote", "stack", "features"]
+RULES: tuple[Rule, ...] = ("vote", "stack", "features")
 
 LINEAR_C = (1e-3, 1e-2, 1e-1, 1.0)
 RBF_C = (0.1, 1.0, 10.0, 100.0)
@@ -32,8 +33,9 @@ LEAST = 1e-6
 class Fitted:
     """A fitted machine as arrays, and what it says of patients that it has not seen.
 
-    kernel, c, gamma : what the inner folds chose; oof : float64 (n,), calibrated probability of each training row by
-    machines fitted without its patient
+    kernel, c, gamma : what the inner folds chose; basis : of principal components, (components, D), None without
+    oof : float64, calibrated probability of each training row by machines fitted without its patient; where rows were
+    held back, of these; auc : of what the search was judged by, at its best
     """
 
     kernel: str
@@ -45,6 +47,8 @@ class Fitted:
     weight: Floats
     bias: float
     oof: Floats
+    basis: Floats | None = None
+    auc: float = float("nan")
 
     def state(self, prefix: str = "machine.") -> dict[str, torch.Tensor]:
         """Return the arrays as the state of a `models.skip.Machine`."""
@@ -57,6 +61,8 @@ class Fitted:
             "head.weight": np.stack([zeros, self.weight]),
             "head.bias": np.array([0.0, self.bias]),
         }
+        if self.basis is not None:
+            arrays["basis"] = self.basis
         return {prefix + key: torch.from_numpy(value.astype(np.float32)) for key, value in arrays.items()}
 
 
@@ -71,44 +77,112 @@ def check_rows(labels: Ints, patients: Sequence[str], folds: int) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows to search on: which of them are fitted together and judged in turn, and which the kept machine is of.
+
+    judged : for each split the places of its judged rows in the answer
+    """
+
+    x: Floats
+    y: Ints
+    patients: tuple[str, ...]
+    splits: list[tuple[Ints, Ints]]
+    judged: list[Ints]
+    kept: slice
+
+
+Held = tuple[Floats, Ints, Sequence[str]]
+"""Features, labels and patients of rows that are held back."""
+
+
 def fit_machine(
-    features: Floats, labels: Ints, patients: Sequence[str], *, folds: int = 5, seed: int = 0, quick: bool = False
+    features: Floats,
+    labels: Ints,
+    patients: Sequence[str],
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    quick: bool = False,
+    kernels: Sequence[str] = ("linear", "rbf"),
+    components: int = 0,
+    crossed: Sequence[Floats] = (),
+    held: Held | None = None,
 ) -> Fitted:
     """Fit a machine: standardise, search kernel, C and gamma by grouped folds, calibrate by Platt out of fold.
 
     features : (n, D); labels : 0 or 1, (n,); patients : whose each row is
+    components : principal components that the machine sees, 0 all features
+    crossed : features of all rows by networks that have not seen fold k, for each fold; what is judged is judged on
+    these, since features of rows that a network was trained on flatter it
+    held : rows of other patients by which all is judged instead of by folds
     quick : only the linear kernel with C = 0.01 and 1, for tests and first looks
 
-    Raises ConfigError where a class has fewer patients than folds.
+    Raises ConfigError where a class has fewer patients than folds, or is missing among the rows held back.
     """
     from sklearn.model_selection import GridSearchCV
 
-    check_rows(labels, patients, folds)
-    splits = _folds(labels, patients, folds, seed)
-    grid = [{"svc__kernel": ["linear"], "svc__C": list((1e-2, 1.0) if quick else LINEAR_C)}]
-    if not quick:
+    rows = (
+        _held(features, labels, patients, held) if held else _crossed(features, labels, patients, folds, seed, crossed)
+    )
+    grid: list[dict[str, Any]] = []
+    if "linear" in kernels:
+        grid.append({"svc__kernel": ["linear"], "svc__C": list((1e-2, 1.0) if quick else LINEAR_C)})
+    if "rbf" in kernels and not quick:
         grid.append({"svc__kernel": ["rbf"], "svc__C": list(RBF_C), "svc__gamma": list(RBF_GAMMA)})
-    found = GridSearchCV(_pipeline(), grid, scoring="roc_auc", cv=splits, refit=False, error_score="raise")
-    found.fit(features, labels)
+    found = GridSearchCV(
+        _pipeline(components), grid, scoring="roc_auc", cv=rows.splits, refit=False, error_score="raise"
+    )
+    found.fit(rows.x, rows.y)
     chosen = found.best_params_
-    scores = np.empty(len(labels))
-    for train, test in splits:
-        scores[test] = _pipeline(**chosen).fit(features[train], labels[train]).decision_function(features[test])
-    a, b = platt(scores, labels)
-    whole = _pipeline(**chosen).fit(features, labels)
-    return _arrays(whole, a, b, 1 / (1 + np.exp(_crossed(scores, labels, splits))), chosen)
+    scores = [_fitted(rows, train, components, chosen).decision_function(rows.x[test]) for train, test in rows.splits]
+    together, of = np.concatenate(scores), np.concatenate([test for _, test in rows.splits])
+    a, b = platt(together, rows.y[of])
+    oof = np.empty(len(together))
+    oof[np.concatenate(rows.judged)] = 1 / (1 + np.exp(_calibrated(scores, rows, folds, seed)))
+    whole = _fitted(rows, np.arange(len(rows.y))[rows.kept], components, chosen)
+    return _arrays(whole, a, b, oof, chosen, float(found.best_score_))
 
 
-def _pipeline(**settings: Any) -> Any:
+def _crossed(
+    features: Floats, labels: Ints, patients: Sequence[str], folds: int, seed: int, crossed: Sequence[Floats]
+) -> _Rows:
+    check_rows(labels, patients, folds)
+    plain, n = fold_rows(labels, patients, folds, seed), len(labels)
+    blocks = 1 + len(crossed)
+    ahead = [n * (k + 1) if crossed else 0 for k in range(folds)]
+    splits = [(train + more, test + more) for (train, test), more in zip(plain, ahead, strict=True)]
+    x = np.concatenate([features, *crossed]) if crossed else features
+    return _Rows(x, np.tile(labels, blocks), tuple(patients) * blocks, splits, [test for _, test in plain], slice(0, n))
+
+
+def _held(features: Floats, labels: Ints, patients: Sequence[str], held: Held) -> _Rows:
+    check_rows(labels, patients, 1)
+    check_rows(held[1], held[2], 2)
+    n, m = len(labels), len(held[1])
+    splits = [(np.arange(n), np.arange(n, n + m))]
+    y = np.concatenate([labels, held[1]])
+    return _Rows(np.concatenate([features, held[0]]), y, (*patients, *held[2]), splits, [np.arange(m)], slice(0, n))
+
+
+def _pipeline(components: int = 0, **settings: Any) -> Any:
+    from sklearn.decomposition import PCA
     from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
 
-    steps = [("scale", StandardScaler()), ("svc", SVC(class_weight="balanced", cache_size=500))]
+    steps: list[tuple[str, Any]] = [("scale", StandardScaler())]
+    steps += [("pca", PCA(components, svd_solver="full"))] if components else []
+    steps += [("svc", SVC(class_weight="balanced", cache_size=500))]
     return Pipeline(steps).set_params(**settings)
 
 
-def _folds(labels: Ints, patients: Sequence[str], folds: int, seed: int) -> list[tuple[Ints, Ints]]:
+def _fitted(rows: _Rows, train: Ints, components: int, chosen: Mapping[str, Any]) -> Any:
+    return _pipeline(components, **chosen).fit(rows.x[train], rows.y[train])
+
+
+def fold_rows(labels: Ints, patients: Sequence[str], folds: int, seed: int) -> list[tuple[Ints, Ints]]:
+    """Return (train rows, test rows) of each fold: stratified, no patient on both sides."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     cut = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
@@ -126,16 +200,31 @@ def platt(scores: Floats, labels: Ints) -> tuple[float, float]:
     return float(fitted.a_), float(fitted.b_)
 
 
-def _crossed(scores: Floats, labels: Ints, splits: Sequence[tuple[Ints, Ints]]) -> Floats:
-    """Return A s + B of each row, by a calibration that has not seen its fold."""
-    found = np.empty_like(scores)
-    for train, test in splits:
-        a, b = platt(scores[train], labels[train])
-        found[test] = a * scores[test] + b
+def _calibrated(scores: Sequence[Floats], rows: _Rows, folds: int, seed: int) -> Floats:
+    """Return A s + B of each judged row, by a calibration that has not seen its fold, split after split."""
+    of = np.concatenate([test for _, test in rows.splits])
+    together, labels = np.concatenate(scores), rows.y[of]
+    number = np.repeat(np.arange(len(scores)), [len(part) for part in scores])
+    if len(scores) == 1:  # rows that were held back are calibrated by folds of their own
+        patients = [rows.patients[i] for i in of]
+        number = np.zeros(len(of), np.int64)
+        for k, (_, test) in enumerate(fold_rows(labels, patients, most_folds(labels, patients, folds), seed)):
+            number[test] = k
+    found = np.empty_like(together)
+    for k in np.unique(number):
+        others = number != k if number.max() else number == k
+        a, b = platt(together[others], labels[others])
+        found[number == k] = a * together[number == k] + b
     return found
 
 
-def _arrays(whole: Any, a: float, b: float, oof: Floats, chosen: Mapping[str, Any]) -> Fitted:
+def most_folds(labels: Ints, patients: Sequence[str], folds: int) -> int:
+    """Return how many folds by patient there can be with patients of both classes in each, 2 at least."""
+    few = min(len({p for p, y in zip(patients, labels, strict=True) if y == label}) for label in (0, 1))
+    return max(2, min(folds, few))
+
+
+def _arrays(whole: Any, a: float, b: float, oof: Floats, chosen: Mapping[str, Any], auc: float) -> Fitted:
     scale, svc = whole.named_steps["scale"], whole.named_steps["svc"]
     linear = chosen["svc__kernel"] == "linear"
     return Fitted(
@@ -144,10 +233,12 @@ def _arrays(whole: Any, a: float, b: float, oof: Floats, chosen: Mapping[str, An
         gamma=1.0 if linear else float(svc._gamma),  # what "scale" came to
         mean=scale.mean_,
         scale=scale.scale_,
-        vectors=np.empty((0, len(scale.mean_))) if linear else svc.support_vectors_,
+        vectors=np.empty((0, svc.shape_fit_[1])) if linear else svc.support_vectors_,
         weight=-a * (svc.coef_[0] if linear else svc.dual_coef_[0]),
         bias=float(-(a * svc.intercept_[0] + b)),
         oof=oof,
+        basis=whole.named_steps["pca"].components_ if "pca" in whole.named_steps else None,
+        auc=auc,
     )
 
 
@@ -181,16 +272,25 @@ def log_loss(p: Floats, labels: Ints) -> float:
 
 
 def join(
-    a: Floats, b: Floats, labels: Ints, patients: Sequence[str], joint: Floats | None = None, *, folds: int = 5
+    a: Floats,
+    b: Floats,
+    labels: Ints,
+    patients: Sequence[str],
+    joint: Floats | None = None,
+    *,
+    folds: int = 5,
+    rules: Sequence[Rule] = RULES,
 ) -> Joined:
     """Choose how to join probabilities `a` and `b`, float64 (n,) each, of patients that neither model has seen.
 
     joint : probabilities of a machine on the features of both, out of fold too; None leaves that rule out
+    rules : that may be kept
 
     Each rule is judged by predictions of patients that its own weights were not fitted on either; the weights kept are
     fitted on all. Of equal rules the simpler is kept: vote, stack, features.
     """
-    splits = _folds(labels, patients, folds, 0)
+    check_rows(labels, patients, 2)
+    splits = fold_rows(labels, patients, most_folds(labels, patients, folds), 0)
     voted, stacked = np.empty(len(labels)), np.empty(len(labels))
     for train, test in splits:
         share = _best_share(a[train], b[train], labels[train])
@@ -199,11 +299,9 @@ def join(
         stacked[test] = 1 / (1 + np.exp(-(c[0] * _logit(a[test]) + c[1] * _logit(b[test]) + c[2])))
     losses = {"A": log_loss(a, labels), "B": log_loss(b, labels)}
     losses |= {"vote": log_loss(voted, labels), "stack": log_loss(stacked, labels)}
-    rules: list[Rule] = ["vote", "stack"]
     if joint is not None:
         losses["features"] = log_loss(joint, labels)
-        rules.append("features")
-    rule = min(rules, key=lambda name: losses[name])
+    rule = min((name for name in RULES if name in rules and name in losses), key=lambda name: losses[name])
     return Joined(rule, losses, _best_share(a, b, labels), _stack(a, b, labels))
 
 
@@ -243,5 +341,5 @@ def repeated_folds(
 ) -> Iterator[tuple[int, int, Ints, Ints]]:
     """Yield (seed, fold, train rows, test rows): stratified, no patient on both sides."""
     for seed in range(seeds):
-        for fold, (train, test) in enumerate(_folds(labels, patients, folds, seed)):
+        for fold, (train, test) in enumerate(fold_rows(labels, patients, folds, seed)):
             yield seed, fold, train, test

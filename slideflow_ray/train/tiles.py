@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -115,6 +115,19 @@ class LabelledChunk:
         here = self.chunk.item.rows[self.start : self.start + len(self.labels)]
         return tuple(row.item for row, known in zip(here, self.known, strict=True) if known)
 
+    @property
+    def item_of_row(self) -> tuple[Item, ...]:
+        """The row of the cohort that each row is of: the slide, or an image of a pack."""
+        if not isinstance(self.chunk.item, Pack):
+            return (self.chunk.item,) * len(self.labels)
+        return tuple(row.item for row in self.chunk.item.rows[self.start : self.start + len(self.labels)])
+
+    def without(self, patients: Collection[str]) -> LabelledChunk:
+        """Return the chunk with nothing known of some patients."""
+        labels = self.labels.copy()
+        labels[[item.patient in patients for item in self.item_of_row]] = -1
+        return replace(self, labels=labels)
+
     def rows(self, epoch: int, seed: int) -> Counts:
         """Return the rows of one epoch, each as often as it comes."""
         if self.times is None:
@@ -184,6 +197,15 @@ class ChunkTiles:
         most = max(sum(len(rows) for _, rows in part) for part in parts)
         rounds = (self._mixed(mine, epoch, again, batch_size, seed) for again in itertools.count())
         yield from _exactly(most, batch_size, itertools.chain.from_iterable(rounds))
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Pixels, Labels, list[Item]]]:
+        """Yield (pixels, labels, rows of the cohort) of every labelled tile once, in the order of the chunks."""
+        for c in self.chunks:
+            rows, items = np.flatnonzero(c.known), c.item_of_row
+            batch = self._load(c, rows)
+            for at in range(0, len(rows), batch_size):
+                part = slice(at, at + batch_size)
+                yield batch.pixels[part], batch.labels[part], [items[i] for i in rows[part]]
 
     def _deal(self, epoch: int, seed: int) -> list[list[tuple[LabelledChunk, Counts]]]:
         """The chunks of each part with the rows of this epoch, in a new order each epoch."""

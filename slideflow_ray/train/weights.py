@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slideflow_ray import storage
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.identity import file_sha256
+from slideflow_ray.models.bundle import WEIGHTS, forward_digest
 from slideflow_ray.train.spec import IMAGENET, RANDOM, SE_RESNET, TrainSpec
 
 if TYPE_CHECKING:
@@ -32,13 +33,28 @@ def find_weights(spec: TrainSpec) -> Start:
     """Return the weights that `spec.weights` names.
 
     ImageNet's that are not there are no error: the training says so and starts from random. Raises ConfigError
-    for a named file that is missing or is not safetensors.
+    for a named file that is missing or is not safetensors. A bundle's folder stands for its weights.
     """
+    start = _start(spec)
+    if spec.machine is None or not (spec.machine.first or spec.machine.second):
+        return start
+    parts = [f"{name} {forward_digest(path)}" for name, path in spec.machine.given.items()]
+    return replace(start, source=", ".join([start.source, *parts]))
+
+
+def _start(spec: TrainSpec) -> Start:
     if spec.weights == RANDOM:
         return Start(None, RANDOM)
     if spec.weights == IMAGENET:
-        return _imagenet(spec.architecture)
-    return _file(storage.local_path(spec.weights), "")
+        return _imagenet(network_of(spec))
+    path = storage.local_path(spec.weights)
+    return _file(path / WEIGHTS if path.is_dir() else path, "")
+
+
+def network_of(spec: TrainSpec) -> str:
+    """Return the architecture that weights to begin with are of: of a machine its backbone, of two models the first."""
+    key = {"skip-svm": "backbone", "two-models": "first"}.get(spec.architecture)
+    return str(spec.arguments.get(key, "torchvision:resnet50")) if key else spec.architecture
 
 
 def _imagenet(architecture: str) -> Start:
