@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn import metrics as oracle
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -22,6 +21,7 @@ from slideflow_ray.models.bundle import read_card
 from slideflow_ray.models.networks import headless, load_network
 from slideflow_ray.phantoms.tem import write_tem_cohort
 from slideflow_ray.promote import Terms, promote
+from slideflow_ray.slides import open_slide
 from slideflow_ray.train.job import train
 from slideflow_ray.train.repeat import Repeats, repeat
 from slideflow_ray.train.spec import TrainJob, load_train, read_job
@@ -217,9 +217,10 @@ def test_figures_are_scikit_learns(repeated, cohort):
 
 
 def seen(cohort: Path, row: dict, card) -> torch.Tensor:
-    """A micrograph as a network is given it, by PIL and NumPy alone."""
-    grey = np.asarray(Image.open(cohort.parent / row["uri"])).astype(np.float32) / 255
-    x = (np.repeat(grey[..., None], 3, 2) - np.float32(card.mean)) / np.float32(card.std)
+    """A micrograph as a network is given it: the reader's pixels, scaled by NumPy alone."""
+    with open_slide(str(cohort.parent / row["uri"]), mpp=float(row["mpp"]), modality=row["modality"]) as reader:
+        pixels = reader.read(0, (0, 0), reader.size_px0).astype(np.float32) / 255
+    x = (pixels - np.float32(card.mean)) / np.float32(card.std)
     return torch.from_numpy(x).permute(2, 0, 1)[None].float()
 
 
