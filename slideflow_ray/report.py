@@ -82,7 +82,14 @@ def template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"rate": rate, "interval": interval, "count": count, "percent": percent, "whole": whole}
+    environment.filters |= {
+        "rate": rate,
+        "interval": interval,
+        "count": count,
+        "percent": percent,
+        "whole": whole,
+        "far": far,
+    }
     environment.filters["jpeg"] = lambda pixels: data_uri(pixels, "jpeg")
     return environment.get_template(name)
 
@@ -113,6 +120,13 @@ def whole(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """Return a share in percent with one decimal, or a dash."""
     return NOTHING if value is None or math.isnan(value) else f"{100 * value:.1f}\u202f%"
+
+
+def far(nm: float | None) -> str:
+    """Return a length given in nm, in nm or from 10 um on in um; or a dash."""
+    if nm is None or math.isnan(nm):
+        return NOTHING
+    return f"{nm / 1000:,.3g}\u202fµm" if nm >= 10_000 else f"{nm:,.3g}\u202fnm" if nm < 100 else f"{nm:,.0f}\u202fnm"
 
 
 # the page
@@ -148,6 +162,7 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "stale": current.stale,
         "lesions": current.lesions,
         "objects": objects_page(out, record, found or Evaluation()),
+        "overlaps": found.overlaps if found else (),
         "quality": read_quality(out, record["outcomes"], ROWS),
         "blurred": BLURRED,
         "cards": [card(out, item, record, found or Evaluation()) for item in done[:cards]],
