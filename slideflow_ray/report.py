@@ -23,6 +23,7 @@ from PIL import Image
 
 from slideflow_ray import accounting, aggregate, storage
 from slideflow_ray.annotations import class_of, read_annotation, rings_px0
+from slideflow_ray.biopsies import measuring, read_slide
 from slideflow_ray.calibrate import read_calibrations
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError, as_slideflow_error
@@ -38,6 +39,7 @@ from slideflow_ray.specs import OBJECTS, ObjectSpec
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tables import read_table
 from slideflow_ray.tissue import thumbnail
+from slideflow_ray.walls import wall, walls_page
 
 CARDS = 24
 """Slides that are shown with all their pictures; each adds about 150 KB."""
@@ -163,6 +165,7 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "lesions": current.lesions,
         "objects": objects_page(out, record, found or Evaluation()),
         "overlaps": found.overlaps if found else (),
+        "walls": walls_page(out, record, _table(out / "patients.parquet") if found else []),
         "quality": read_quality(out, record["outcomes"], ROWS),
         "blurred": BLURRED,
         "cards": [card(out, item, record, found or Evaluation()) for item in done[:cards]],
@@ -316,7 +319,7 @@ def card(out: Path, item: Item, record: Mapping[str, Any], found: Evaluation) ->
     store = SlideStore(out, item.slide_id)
     outcome = record["outcomes"][item.slide_id]
     shown: dict[str, Any] = {"item": item, "tiles": outcome["tiles"], "missing": [], "outlines": [], "heatmaps": []}
-    shown |= {"planes": [], "scores": list(_whole_scores(out, outcome, record))}
+    shown |= {"planes": [], "walls": [], "scores": list(_whole_scores(out, outcome, record))}
     if not outcome["laid"]:
         return shown | {"thumbnail": _thumbnail(item, shown["missing"], UNSCALED)}
     try:
@@ -329,6 +332,7 @@ def card(out: Path, item: Item, record: Mapping[str, Any], found: Evaluation) ->
                 shown["heatmaps"].append(_heatmap(store, grid, node, record, found))
             if store.committed(f"planes/{grid}/{node}"):
                 shown["planes"].append(_plane(store, grid, node, record))
+                shown["walls"] += _walls(out, item, (grid, node), record)
     except (SlideflowError, OSError, KeyError) as error:
         shown["missing"].append(f"Its results cannot be read: {_cause(error)}")
     shown["thumbnail"] = _thumbnail(item, shown["missing"])
@@ -511,6 +515,17 @@ def _plane(store: SlideStore, grid: str, node: str, record: Mapping[str, Any]) -
         "box": (0, 0, values.shape[1] * px0, values.shape[0] * px0),
         "classes": list(rows),
     }
+
+
+def _walls(out: Path, item: Item, place: tuple[str, str], record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is measured in a segmentation of the slide, `place` being its grid and node; nothing without thickness."""
+    grid, node = place
+    for by in (by for by in measuring(record) if by.node == node):
+        found, _ = read_slide(out, item, record["outcomes"][item.slide_id], by)
+        objects = read_objects(SlideStore(out, item.slide_id), objects_node(grid, node, by.model.objects))
+        colours = [_class_colour(c) for c in range(len(objects.classes))]
+        if found is not None:
+            yield wall(found, objects, by, colours)
 
 
 def _class_colour(index: int) -> str:

@@ -64,7 +64,7 @@ LAYERS = [
         "explain",
         "mil",
     ],
-    ["quality", "figures", "gallery"],
+    ["quality", "figures", "gallery", "walls"],
     ["report", "stainview", "export", "web", "nightly", "submit", "progress", "doctor", "privacy", "demo"],
     ["cli"],
 ]
@@ -92,6 +92,7 @@ HEAVY = {
         "objects.py",
         "detection.py",
         "overlap.py",
+        "walls.py",
         "train/masks.py",
     },
     "segmentation_models_pytorch": {"models/networks.py"},

@@ -135,7 +135,7 @@ def test_seeds_have_student_s_interval():
     (gain,) = Table(tuple(cells)).gains
     assert gain.interval == pytest.approx(wanted)
     assert math.isclose(gain.mean, np.mean(values))
-    assert "+1.90 (-0.29 to +4.09)" in Table(tuple(cells)).summary()
+    assert f"+1.90 ({100 * wanted[0]:+.2f} to {100 * wanted[1]:+.2f})" in Table(tuple(cells)).summary()
 
 
 def test_dice_is_that_of_an_evaluated_run(job, data, tmp_path):

@@ -314,7 +314,7 @@ def shared(chunks: Sequence[LabelledChunk], share: float, seed: int) -> list[Lab
 def _covering(names: Sequence[str], areas: Mapping[str, npt.NDArray[np.int64]]) -> list[str]:
     """Put slides first that bring classes which those before them lack, most at once."""
     left, order = list(names), []
-    missing = sum(areas.values()) > 0
+    missing = np.sum(list(areas.values()), axis=0) > 0
     while missing.any():
         best = max(left, key=lambda name: int(((areas[name] > 0) & missing).sum()))
         order.append(best)
