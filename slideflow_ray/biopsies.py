@@ -21,7 +21,7 @@ from slideflow_ray.results import defined
 from slideflow_ray.specs import ModelSpec, RunSpec, ThicknessSpec
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tables import Columns, write_table
-from slideflow_ray.thickness import TOO_LARGE, read_thickness, thickness_node
+from slideflow_ray.thickness import read_thickness, thickness_node
 
 TABLE = "thickness.parquet"
 PERCENTS = (5, 25, 50, 75, 95)
@@ -32,6 +32,9 @@ COLUMNS: Columns = {
     **dict.fromkeys(("places", "slides", "slides_measured"), "int"),
     "why": "text",
 }
+
+PLACES = ("slide_id", "name", "of", "x_px0", "y_px0", "thickness_nm", "length_um")
+"""Columns of what is said of each place."""
 
 Rows = list[dict[str, Any]]
 
@@ -68,10 +71,9 @@ def read_slide(out: Path, item: Item, outcome: Mapping[str, Any], by: Measured) 
     if grid is None:
         return None, "nothing was scored"
     store, node = SlideStore(out, item.slide_id), thickness_node(grid, by.node, by.spec)
-    commit = store.committed(node)
-    if commit is None:
+    if store.committed(node) is None:
         return None, "no result"
-    if commit.outcome == TOO_LARGE:
+    if store.node_attrs(node)["too_large"]:
         return None, "the plane is too large"
     found = read_thickness(store, node)
     return (found, "") if len(found.nm) else (None, f"no length of {by.spec.of} to measure")
@@ -133,7 +135,7 @@ def _row(by: Measured, level: str, items: Sequence[Item], several: Sequence[Thic
 
 
 def places(out: Path, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield every place that was measured: slide_id, name, of, x_px0, y_px0, thickness_nm, length_um. May raise."""
+    """Yield every place that was measured, under the names of PLACES. Raises StoreError, CorruptStore."""
     for by in measuring(record):
         for row in record["items"]:
             item = Item.parse(row, "run.json")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,12 @@ from slideflow_ray.metrics import Confusion, Interval
 from slideflow_ray.packs import UNSCALED
 from slideflow_ray.planes import objects_node, read_areas, read_objects
 from slideflow_ray.quality import BLURRED, read_quality
-from slideflow_ray.results import FITTED, JUDGED, Evaluation, Result, Table, read_current
+from slideflow_ray.results import FITTED, JUDGED, Evaluation, Overlap, Result, Table, read_current
 from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import OBJECTS, ObjectSpec
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tables import read_table
+from slideflow_ray.thickness import thickness_node
 from slideflow_ray.tissue import thumbnail
 from slideflow_ray.walls import wall, walls_page
 
@@ -91,6 +92,7 @@ def template(name: str) -> Template:
         "percent": percent,
         "whole": whole,
         "far": far,
+        "area": area,
     }
     environment.filters["jpeg"] = lambda pixels: data_uri(pixels, "jpeg")
     return environment.get_template(name)
@@ -131,6 +133,15 @@ def far(nm: float | None) -> str:
     return f"{nm / 1000:,.3g}\u202fµm" if nm >= 10_000 else f"{nm:,.3g}\u202fnm" if nm < 100 else f"{nm:,.0f}\u202fnm"
 
 
+def area(mm2: float) -> str:
+    """Return an area given in mm2, small ones in um2.
+
+    >>> area(2.5), area(0.00002)
+    ('2.5 mm²', '20 µm²')
+    """
+    return f"{mm2:.3g} mm²" if mm2 == 0 or mm2 >= 0.001 else f"{1e6 * mm2:.3g} µm²"
+
+
 # the page
 
 
@@ -142,6 +153,7 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
     tables = {name: _table(out / f"{name}.parquet") if found else [] for name in ("slides", "roc", "reliability")}
     items = [Item.parse(row, "run.json") for row in record["items"]]
     done, temperatures = _chosen(items, record), read_calibrations(out)
+    measured = {by.node for by in measuring(record)}
     sheet = [small for item in done[cards : cards + SHEET] if (small := _small(out, item, record))]
     return {
         "title": Path(record["spec"]["cohort"]).stem,
@@ -154,7 +166,8 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "evaluated": found is not None,
         "notes": found.notes if found else (),
         "models": [
-            _model(m, found or Evaluation(), tables) | {"temperature": temperatures.get(m["node"])}
+            _model(m, found or Evaluation(), tables)
+            | {"temperature": temperatures.get(m["node"]), "overlaps": _overlaps(m, found, measured)}
             for m in record["models"]
         ],
         "settings": _settings(record),
@@ -255,6 +268,12 @@ def _model(model: Mapping[str, Any], found: Evaluation, tables: Mapping[str, Row
         ],
         "confusions": list(_confusions(model, results, found.tables)),
     }
+
+
+def _overlaps(model: Mapping[str, Any], found: Evaluation | None, measured: Collection[str]) -> list[Overlap]:
+    """What answers first for a segmentation of layers, whose objects mean little: each class's pixels on test."""
+    mine = model["node"] in measured
+    return [o for o in found.overlaps if (o.model, o.split) == (model["node"], JUDGED)] if found and mine else []
 
 
 def results_of(found: Evaluation, model: Mapping[str, Any]) -> list[Result]:
@@ -525,7 +544,9 @@ def _walls(out: Path, item: Item, place: tuple[str, str], record: Mapping[str, A
         objects = read_objects(SlideStore(out, item.slide_id), objects_node(grid, node, by.model.objects))
         colours = [_class_colour(c) for c in range(len(objects.classes))]
         if found is not None:
-            yield wall(found, objects, by, colours)
+            store = SlideStore(out, item.slide_id)
+            pixel = store.node_attrs(thickness_node(grid, node, by.spec))["nm_per_px"]
+            yield wall(found, objects, by, colours, pixel)
 
 
 def _class_colour(index: int) -> str:

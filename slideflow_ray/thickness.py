@@ -14,9 +14,6 @@ from slideflow_ray.store import SlideStore
 MEASURED_PX = 2**25
 """Pixels of a plane up to which thickness is measured (5,792 x 5,792): it takes about 80 bytes each."""
 
-TOO_LARGE = "too_large"
-"""The outcome of a commit where a plane has more pixels than that."""
-
 
 def thickness_node(grid: str, model: str, spec: ThicknessSpec) -> str:
     """Return the node of what is measured; how it is measured is in its name."""
@@ -38,7 +35,7 @@ def write_thickness(
     """Measure a committed plane, write ``thickness/<grid>/<model>-<digest>`` and commit it; nothing if it is there.
 
     nm : float64 (N,), thickness at each place; weight_um : float64 (N,), the length it stands for; xy_px0 : float64
-    (N, 2), where it is. All are empty where the plane is too large, and the commit says so.
+    (N, 2), where it is. All are empty where the plane is too large, and the attribute `too_large` says so.
     """
     if spec is None or store.committed(node := thickness_node(grid, model, spec)):
         return
@@ -49,11 +46,11 @@ def write_thickness(
     shape = store.open_plane(f"{at}/0").shape
     small = int(shape[0]) * int(shape[1]) <= MEASURED_PX
     found = _measured(store.read_plane(f"{at}/0"), mpp, classes, spec) if small else _nothing()
-    store.make_group(node, {"spec": spec.model_dump(mode="json"), "nm_per_px": 1000 * mpp})
+    store.make_group(node, {"spec": spec.model_dump(mode="json"), "nm_per_px": 1000 * mpp, "too_large": not small})
     store.write_array(f"{node}/nm", found.nm)
     store.write_array(f"{node}/weight_um", found.weight_um)
     store.write_array(f"{node}/xy_px0", found.xy_px * (mpp / float(store.attrs["mpp0"])))
-    store.commit(node, "done" if small else TOO_LARGE)
+    store.commit(node)
 
 
 def _measured(plane: np.ndarray, mpp: float, classes: Sequence[str], spec: ThicknessSpec) -> Thickness:

@@ -61,10 +61,10 @@ def _called(biopsy: Row, patients: Sequence[Row]) -> list[Row]:
     ]
 
 
-def wall(found: Thickness, objects: Objects, by: Measured, colours: Sequence[str]) -> dict[str, Any]:
+def wall(found: Thickness, objects: Objects, by: Measured, colours: Sequence[str], nm_per_px: float) -> dict[str, Any]:
     """Return what a micrograph's picture shows: outlines by class, places coloured by thickness, and their histogram.
 
-    colours : of the model's classes.
+    colours : of the model's classes; nm_per_px : of the plane, below whose pixel no bar of the histogram is wide.
     """
     named = (by.spec.of, *by.spec.between)
     low, high = _range(found)
@@ -80,7 +80,7 @@ def wall(found: Thickness, objects: Objects, by: Measured, colours: Sequence[str
         "low": low,
         "high": high,
         "ramp": ", ".join(PLASMA),
-        "bars": histogram(found, low, high),
+        "bars": histogram(found, low, high, max(1, min(BINS, int((high - low) / nm_per_px)))),
         "length_um": found.length_um,
         **numbers(found),
     }
@@ -120,13 +120,13 @@ def coloured_places(found: Thickness, low: float, high: float) -> list[tuple[str
     ]
 
 
-def histogram(found: Thickness, low: float, high: float) -> list[dict[str, Any]]:
+def histogram(found: Thickness, low: float, high: float, bins: int = BINS) -> list[dict[str, Any]]:
     """Return the bars of a histogram by length, 100 wide and 100 high: x, width, height, colour."""
     inside = np.clip(found.nm, low, np.nextafter(high, low))
-    lengths, edges = np.histogram(inside, BINS, (low, high), weights=found.weight_um)
+    lengths, edges = np.histogram(inside, bins, (low, high), weights=found.weight_um)
     tallest = max(float(lengths.max(initial=0.0)), 1e-9)
     places = (edges[:-1] - low) / (high - low)
     return [
-        {"x": 100 * at, "width": 100 / BINS, "height": 100 * length / tallest, "colour": PLASMA[int(at * len(PLASMA))]}
+        {"x": 100 * at, "width": 100 / bins, "height": 100 * length / tallest, "colour": PLASMA[int(at * len(PLASMA))]}
         for at, length in zip(places.tolist(), lengths.tolist(), strict=True)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from slideflow_ray.accounting import read_run
 from slideflow_ray.biopsies import TABLE, measuring, places, read_slide
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
+from slideflow_ray.export import export
 from slideflow_ray.membrane import JENSEN, thickness
 from slideflow_ray.phantoms import halved, write_pyramid
 from slideflow_ray.phantoms.tem import draw_micrograph
+from slideflow_ray.report import write_report
 from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec
 from slideflow_ray.store import SlideStore, verify
@@ -106,6 +109,24 @@ def test_the_places_are_in_the_store_and_lie_on_the_membrane(made):
     np.testing.assert_allclose([p["thickness_nm"] for p in found], wanted.nm)
     assert all(masks["b0"][int(p["y_px0"]), int(p["x_px0"])] == 1 for p in found)
     assert verify(out)[1] == []
+
+
+def test_it_goes_out_as_csv_and_into_the_report(made, tmp_path):
+    _, out, masks = made
+    files = {
+        path.name: list(csv.DictReader(path.read_text().splitlines()))
+        for path in export(out, "thickness", folder=tmp_path).files
+    }
+    assert set(files) == {"thickness.csv", "places.csv"}
+    wanted = truth(masks["a1"])
+    mine = [float(r["thickness_nm"]) for r in files["places.csv"] if r["slide_id"] == "a1"]
+    np.testing.assert_allclose(mine, wanted.nm)
+    assert [r["patient_id"] for r in files["thickness.csv"] if r["level"] == "patient"] == ["A", "B", "C"]
+    page = write_report(out).read_text()
+    assert "Thickness of cyan" in page
+    assert f"{wanted.mean_nm:,.0f}\u202fnm" in page
+    shown = re.findall(r'class="place"[^>]*d="([^"]*)"', page)
+    assert sum(path.count("M") for path in shown) == len(list(places(out, read_run(out))))
 
 
 def test_running_again_changes_nothing_and_other_settings_measure_anew(made):
