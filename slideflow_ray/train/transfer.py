@@ -36,7 +36,7 @@ from slideflow_ray.specs import Spec, digest
 from slideflow_ray.train.job import Data, card_of, prepare, train
 from slideflow_ray.train.loop import fit
 from slideflow_ray.train.record import data_record, versions
-from slideflow_ray.train.spec import IMAGENET, RANDOM, PretextSpec, TrainJob, TrainSpec, as_pretraining
+from slideflow_ray.train.spec import IMAGENET, RANDOM, TrainJob, TrainSpec, as_pretraining
 from slideflow_ray.train.tiles import ChunkTiles, LabelledChunk
 from slideflow_ray.train.weights import Start, find_weights
 
@@ -400,6 +400,3 @@ def write(table: Table, folder: Path) -> list[Path]:
     for name, content in text.items():
         storage.write_atomic(folder / name, content)
     return [folder / name for name in text]
-
-
-__all__ = ["METHODS", "Cell", "Gain", "PretextSpec", "Table", "TransferSpec", "dice_of", "shared", "transfer", "write"]
