@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from slideflow_ray.aggregate import Calls, Part, SlideScore, Tiles
-from slideflow_ray.cases import Judged, Model, Run, patients_of, truth_of
+from slideflow_ray.cases import Judged, Model, Run, patients_of, slides_of, truth_of
 from slideflow_ray.metrics import RATES, RELIABILITY_BINS, Counts
 from slideflow_ray.results import FITTED, JUDGED, OperatingPoint, defined
 from slideflow_ray.tables import Columns
@@ -58,6 +58,7 @@ PATIENT_COLUMNS: Columns = {
     "split": "text",
     **_ABOUT,
     "slides": "int",
+    "slides_called": "int",
     "slide_without_patient": "bool",
     "truth": "bool",
     "called": "bool",
@@ -179,12 +180,21 @@ def _missed(areas: Sequence[float] | None) -> dict[str, float]:
 def patient_rows(
     run: Run, model: Model, tiles: Tiles, points: Sequence[OperatingPoint], score: SlideScore
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row per patient, split and class."""
+    """Yield one row per patient, split and class.
+
+    slides_called : of its slides, at the slides' operating point, or where there is none with a probability of 0.5.
+    """
     frozen = {p.class_name: p.threshold for p in points if p.level == "patient"}
     slides = Counter(f"{item.split} {item.patient}" for item in run.items if item.slide_id in tiles.slides)
+    at_slides = {p.class_name: p.threshold for p in points if p.level == "slide"}
     for c in model.targets:
         name = model.classes[c]
         for split in (None, "train", FITTED, JUDGED):
+            called = Counter(
+                patient
+                for patient, _, value in slides_of(run, model, tiles, c, split, score if name in at_slides else "max")
+                if value >= at_slides.get(name, 0.0)
+            )
             highest = {patient: top for patient, _, top in patients_of(run, model, tiles, c, split)}
             for patient, truth, value in sorted(patients_of(run, model, tiles, c, split, score)):
                 yield {
@@ -194,6 +204,7 @@ def patient_rows(
                     "name": model.name,
                     "class": name,
                     "slides": slides[f"{split} {patient}"],
+                    "slides_called": called[patient],
                     "slide_without_patient": patient in run.lone,
                     "truth": bool(truth) if truth >= 0 else None,
                     "called": value >= frozen[name] if name in frozen else None,

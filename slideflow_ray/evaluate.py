@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from slideflow_ray import aggregate, answers, cascade, detection
+from slideflow_ray import aggregate, answers, cascade, detection, overlap
 from slideflow_ray.accounting import read_run as read_record
 from slideflow_ray.aggregate import Calls, Part, Scheduler, Sides, SlideScore, Tiles
 from slideflow_ray.annotations import class_of, classes_of
@@ -135,12 +135,16 @@ def evaluate(
         settings = Settings(rule, slide_score, seed, resamples)
         done = [_evaluate_model(run, model, settings) for model in run.models]
         points = [point for d in done for point in d.found.points]
-        detected = detect(run, read_record(run.out), points, **settings.draw)
-        evaluation = _together([d.found for d in done], detected, run)
+        record = read_record(run.out)
+        detected = detect(run, record, points, **settings.draw)
+        compared = overlap.overlap(run, record, **settings.draw)
+        evaluation = _together([d.found for d in done], detected, compared, run)
         withdraw(run.out)
         if detected.results:
             for name, columns in detection.TABLES.items():
                 write_table(run.out / f"{name}.parquet", columns, detected.rows[name])
+        if compared.results:
+            write_table(run.out / "overlap.parquet", overlap.SLIDE_COLUMNS, compared.rows)
         for name, columns in TABLES.items():
             write_table(run.out / f"{name}.parquet", columns, [row for d in done for row in d.rows[name]])
         write_evaluation(run.out, evaluation)
@@ -148,13 +152,14 @@ def evaluate(
     return evaluation
 
 
-def _together(found: Sequence[Evaluation], detected: Detected, run: Run) -> Evaluation:
-    notes = (*(note for one in found for note in one.notes), *detected.notes)
+def _together(found: Sequence[Evaluation], detected: Detected, compared: overlap.Compared, run: Run) -> Evaluation:
+    notes = (*(note for one in found for note in one.notes), *detected.notes, *compared.notes)
     return Evaluation(
         points=tuple(point for one in found for point in one.points),
         results=tuple(result for one in found for result in one.results),
         tables=tuple(table for one in found for table in one.tables),
         detections=detected.results,
+        overlaps=compared.results,
         notes=notes if found or detected.results else (*notes, "The run had no classifier to evaluate."),
         labels=label_text(run.labels),
         run=run.digest,

@@ -22,6 +22,8 @@ import shapely
 from PIL import Image
 
 from slideflow_ray import accounting, aggregate, cascade, storage
+from slideflow_ray.biopsies import COLUMNS, PLACES, measuring, places
+from slideflow_ray.biopsies import TABLE as THICKNESS
 from slideflow_ray.cascade import Cascade, Found, Judge, cascades, told
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
@@ -34,7 +36,7 @@ from slideflow_ray.store import SlideStore, folder_name
 from slideflow_ray.tables import Columns, read_table, write_table
 from slideflow_ray.texts import safe_cell, safe_row
 
-To = Literal["geojson", "parquet", "csv", "ome-zarr", "ome-tiff", "crops", "counts", "labels"]
+To = Literal["geojson", "parquet", "csv", "ome-zarr", "ome-tiff", "crops", "counts", "labels", "thickness"]
 
 COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 """Colours of classes, the background aside (M. Okabe and K. Ito, 2008), over and over."""
@@ -138,6 +140,8 @@ def export(
             found.files += WRITERS[to](scored, goal)
     if to == "counts":
         found.files += _counts(out, record, slides, models, goal)
+    if to == "thickness":
+        found.files += _thickness(out, record, slides, models, goal)
     if to == "labels":
         found.files += _label_files(out, record, slides, models, current.evaluation, keys, goal)
     if to in ("parquet", "csv"):
@@ -155,6 +159,7 @@ NEEDS = {
     "ome-tiff": "Pictures need heatmaps of scored tiles, or a segmentation.",
     "crops": "Crops need the objects of a segmentation.",
     "counts": "Counts need a segmentation, and a run that has ended.",
+    "thickness": "Thickness needs a segmentation with `thickness` in run.toml, and a run that has ended.",
     "labels": "Label files need images in one piece that were scored.",
 }
 
@@ -570,6 +575,23 @@ def _counts(
         _write_csv(path, list(columns), values)
         written.append(path)
     return written
+
+
+def _thickness(
+    out: Path, record: Mapping[str, Any], slides: Sequence[str], models: Sequence[str], folder: Path
+) -> list[Path]:
+    """Thickness by micrograph and biopsy, and every place that was measured, as CSV."""
+    if not measuring(record) or not (out / THICKNESS).is_file():
+        return []
+    names, tables = [], (read_table(out / THICKNESS), list(places(out, record)))
+    for name, columns, rows in zip(("thickness", "places"), (list(COLUMNS), list(PLACES)), tables, strict=True):
+        kept = [row for row in rows if not slides or row["slide_id"] in slides]
+        kept = [row for row in kept if not models or row["name"] in models]
+        path = folder / "thickness" / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_csv(path, columns, {column: [row[column] for row in kept] for column in columns})
+        names.append(path)
+    return names
 
 
 def _as(kind: str, value: Any) -> Any:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
-from skimage.morphology import skeletonize
 
 from slideflow_ray.errors import ConfigError
 
@@ -92,6 +91,8 @@ def thickness(
     """
     if membrane.ndim != 2 or not nm_per_px > 0:
         raise ConfigError(f"A mask has rows and columns and a scale, got {membrane.shape} at {nm_per_px} nm per pixel.")
+    from skimage.morphology import skeletonize
+
     filled = ndimage.binary_fill_holes(membrane)
     if not filled.any():
         return _nothing()
@@ -216,38 +217,47 @@ def _boundary(mask: Bools) -> Bools:
     return mask & ~ndimage.binary_erosion(mask, border_value=1)
 
 
-def hd95(one: Bools, other: Bools, nm_per_px: float = 1.0) -> float:
-    """Return the 95th percentile of the surface distances in nm; NaN where both masks are empty.
+@dataclass(frozen=True)
+class Surface:
+    """How two masks' boundaries lie: `hd95` and `assd` in nm, infinite where one mask is empty, and `boundary_f`."""
 
-    Of both directions together, as MedPy's hd95 takes it.
-    """
-    found = surface_distances(one, other, nm_per_px)
-    return float(np.percentile(found, 95)) if len(found) and np.isfinite(found).all() else _odd(found)
-
-
-def assd(one: Bools, other: Bools, nm_per_px: float = 1.0) -> float:
-    """Return the average symmetric surface distance in nm: the mean of both directions' means."""
-    found = surface_distances(one, other, nm_per_px)
-    if not len(found) or not np.isfinite(found).all():
-        return _odd(found)
-    n = int(_boundary(one).sum())
-    return float((found[:n].mean() + found[n:].mean()) / 2)
+    hd95: float
+    assd: float
+    boundary_f: float
 
 
-def boundary_f(one: Bools, other: Bools, tolerance_nm: float, nm_per_px: float = 1.0) -> float:
-    """Return F1 of boundary pixels within `tolerance_nm` of the other's boundary (Martin et al., PAMI 2004).
+def surface(one: Bools, other: Bools, tolerance_nm: float, nm_per_px: float = 1.0) -> Surface:
+    """Return how far two masks' boundaries are from each other, all of it from one pair of distance transforms.
 
-    NaN where both masks are empty, 0 where one is.
+    hd95 : the 95th percentile of the distances in nm, of both directions together, as MedPy's hd95 takes it
+    assd : the mean of both directions' means, in nm
+    boundary_f : F1 of boundary pixels within `tolerance_nm` of the other's boundary (Martin et al., PAMI 2004); 0 where
+        one mask is empty
+
+    All are NaN where both masks are empty.
     """
     found = surface_distances(one, other, nm_per_px)
     if not len(found):
-        return math.nan
+        return Surface(math.nan, math.nan, math.nan)
+    if not np.isfinite(found).all():
+        return Surface(math.inf, math.inf, 0.0)
     n = int(_boundary(one).sum())
-    if n in (0, len(found)):
-        return 0.0
-    precision, recall = (float((part <= tolerance_nm).mean()) for part in (found[:n], found[n:]))
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    there, back = found[:n], found[n:]
+    precision, recall = (float((part <= tolerance_nm).mean()) for part in (there, back))
+    f = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return Surface(float(np.percentile(found, 95)), float((there.mean() + back.mean()) / 2), f)
 
 
-def _odd(found: Floats) -> float:
-    return math.inf if len(found) else math.nan
+def hd95(one: Bools, other: Bools, nm_per_px: float = 1.0) -> float:
+    """Return the 95th percentile of the surface distances in nm; NaN where both masks are empty (see `surface`)."""
+    return surface(one, other, 0.0, nm_per_px).hd95
+
+
+def assd(one: Bools, other: Bools, nm_per_px: float = 1.0) -> float:
+    """Return the average symmetric surface distance in nm (see `surface`)."""
+    return surface(one, other, 0.0, nm_per_px).assd
+
+
+def boundary_f(one: Bools, other: Bools, tolerance_nm: float, nm_per_px: float = 1.0) -> float:
+    """Return F1 of boundary pixels within `tolerance_nm` of the other's boundary (see `surface`)."""
+    return surface(one, other, tolerance_nm, nm_per_px).boundary_f

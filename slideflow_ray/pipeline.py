@@ -32,6 +32,7 @@ from slideflow_ray.specs import BoxSpec, ModelSpec, StoreSpec, TileSpec, TissueS
 from slideflow_ray.stain import Stained, StainFit, StainTarget, stain_name, target_of
 from slideflow_ray.staining import FitError, Fits, Want, pack_fits, read_fits, slide_fits
 from slideflow_ray.store import SlideStore
+from slideflow_ray.thickness import thickness_node, write_thickness
 from slideflow_ray.tissue import TissueMask
 
 LOSSLESS_SHARE = 0.65
@@ -355,6 +356,8 @@ def _derived(context: Context, grid: GridPlan) -> list[str]:
     for model in (context.model(name) for name in grid.models if grid.tiles):
         if model.task == "segment":
             found += [f"planes/{grid.grid}/{model.node}", objects_node(grid.grid, model.node, model.spec.objects)]
+            if model.spec.thickness is not None:
+                found.append(thickness_node(grid.grid, model.node, model.spec.thickness))
     return found
 
 
@@ -599,6 +602,7 @@ def derive(context: Context, plan: SlidePlan) -> str:
             if model.task == "segment" and grid.tiles:
                 write_plane(store, grid.grid, model.node, model.classes)
                 write_objects(store, grid.grid, model.node, model.classes, model.spec.objects)
+                write_thickness(store, grid.grid, model.node, model.classes, model.spec.thickness)
     if not plan.grids:
         return "no_model"
     return "scored" if plan.tiles else "no_tissue"

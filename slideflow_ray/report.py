@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from PIL import Image
 
 from slideflow_ray import accounting, aggregate, storage
 from slideflow_ray.annotations import class_of, read_annotation, rings_px0
+from slideflow_ray.biopsies import measuring, read_slide
 from slideflow_ray.calibrate import read_calibrations
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import SlideflowError, as_slideflow_error
@@ -32,12 +33,14 @@ from slideflow_ray.metrics import Confusion, Interval
 from slideflow_ray.packs import UNSCALED
 from slideflow_ray.planes import objects_node, read_areas, read_objects
 from slideflow_ray.quality import BLURRED, read_quality
-from slideflow_ray.results import FITTED, JUDGED, Evaluation, Result, Table, read_current
+from slideflow_ray.results import FITTED, JUDGED, Evaluation, Overlap, Result, Table, read_current
 from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import OBJECTS, ObjectSpec
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tables import read_table
+from slideflow_ray.thickness import thickness_node
 from slideflow_ray.tissue import thumbnail
+from slideflow_ray.walls import wall, walls_page
 
 CARDS = 24
 """Slides that are shown with all their pictures; each adds about 150 KB."""
@@ -82,7 +85,15 @@ def template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"rate": rate, "interval": interval, "count": count, "percent": percent, "whole": whole}
+    environment.filters |= {
+        "rate": rate,
+        "interval": interval,
+        "count": count,
+        "percent": percent,
+        "whole": whole,
+        "far": far,
+        "area": area,
+    }
     environment.filters["jpeg"] = lambda pixels: data_uri(pixels, "jpeg")
     return environment.get_template(name)
 
@@ -115,6 +126,22 @@ def percent(value: float | None) -> str:
     return NOTHING if value is None or math.isnan(value) else f"{100 * value:.1f}\u202f%"
 
 
+def far(nm: float | None) -> str:
+    """Return a length given in nm, in nm or from 10 um on in um; or a dash."""
+    if nm is None or math.isnan(nm):
+        return NOTHING
+    return f"{nm / 1000:,.3g}\u202fµm" if nm >= 10_000 else f"{nm:,.3g}\u202fnm" if nm < 100 else f"{nm:,.0f}\u202fnm"
+
+
+def area(mm2: float) -> str:
+    """Return an area given in mm2, small ones in um2.
+
+    >>> area(2.5), area(0.00002)
+    ('2.5 mm²', '20 µm²')
+    """
+    return f"{mm2:.3g} mm²" if mm2 == 0 or mm2 >= 0.001 else f"{1e6 * mm2:.3g} µm²"
+
+
 # the page
 
 
@@ -126,6 +153,7 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
     tables = {name: _table(out / f"{name}.parquet") if found else [] for name in ("slides", "roc", "reliability")}
     items = [Item.parse(row, "run.json") for row in record["items"]]
     done, temperatures = _chosen(items, record), read_calibrations(out)
+    measured = {by.node for by in measuring(record)}
     sheet = [small for item in done[cards : cards + SHEET] if (small := _small(out, item, record))]
     return {
         "title": Path(record["spec"]["cohort"]).stem,
@@ -138,7 +166,8 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "evaluated": found is not None,
         "notes": found.notes if found else (),
         "models": [
-            _model(m, found or Evaluation(), tables) | {"temperature": temperatures.get(m["node"])}
+            _model(m, found or Evaluation(), tables)
+            | {"temperature": temperatures.get(m["node"]), "overlaps": _overlaps(m, found, measured)}
             for m in record["models"]
         ],
         "settings": _settings(record),
@@ -150,6 +179,8 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "lesions": current.lesions,
         "objects": objects_page(out, record, found or Evaluation()),
         "explained": explained_page(out),
+        "overlaps": found.overlaps if found else (),
+        "walls": walls_page(out, record, _table(out / "patients.parquet") if found else []),
         "quality": read_quality(out, record["outcomes"], ROWS),
         "blurred": BLURRED,
         "cards": [card(out, item, record, found or Evaluation()) for item in done[:cards]],
@@ -249,6 +280,12 @@ def _tiles_are(record: Mapping[str, Any]) -> str:
     return "object" if kinds == {True} else "tile or object" if len(kinds) > 1 else "tile"
 
 
+def _overlaps(model: Mapping[str, Any], found: Evaluation | None, measured: Collection[str]) -> list[Overlap]:
+    """What answers first for a segmentation of layers, whose objects mean little: each class's pixels on test."""
+    mine = model["node"] in measured
+    return [o for o in found.overlaps if (o.model, o.split) == (model["node"], JUDGED)] if found and mine else []
+
+
 def results_of(found: Evaluation, model: Mapping[str, Any]) -> list[Result]:
     """Return the results of one model."""
     return [r for r in found.results if r.model == model["node"]]
@@ -316,7 +353,7 @@ def card(out: Path, item: Item, record: Mapping[str, Any], found: Evaluation) ->
     store = SlideStore(out, item.slide_id)
     outcome = record["outcomes"][item.slide_id]
     shown: dict[str, Any] = {"item": item, "tiles": outcome["tiles"], "missing": [], "outlines": [], "heatmaps": []}
-    shown |= {"planes": [], "scores": list(_whole_scores(out, outcome, record))}
+    shown |= {"planes": [], "walls": [], "scores": list(_whole_scores(out, outcome, record))}
     if not outcome["laid"]:
         return shown | {"thumbnail": _thumbnail(item, shown["missing"], UNSCALED)}
     try:
@@ -329,6 +366,7 @@ def card(out: Path, item: Item, record: Mapping[str, Any], found: Evaluation) ->
                 shown["heatmaps"].append(_heatmap(store, grid, node, record, found))
             if store.committed(f"planes/{grid}/{node}"):
                 shown["planes"].append(_plane(store, grid, node, record))
+                shown["walls"] += _walls(out, item, (grid, node), record)
     except (SlideflowError, OSError, KeyError) as error:
         shown["missing"].append(f"Its results cannot be read: {_cause(error)}")
     shown["thumbnail"] = _thumbnail(item, shown["missing"])
@@ -512,6 +550,19 @@ def _plane(store: SlideStore, grid: str, node: str, record: Mapping[str, Any]) -
         "box": (0, 0, values.shape[1] * px0, values.shape[0] * px0),
         "classes": list(rows),
     }
+
+
+def _walls(out: Path, item: Item, place: tuple[str, str], record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is measured in a segmentation of the slide, `place` being its grid and node; nothing without thickness."""
+    grid, node = place
+    for by in (by for by in measuring(record) if by.node == node):
+        found, _ = read_slide(out, item, record["outcomes"][item.slide_id], by)
+        objects = read_objects(SlideStore(out, item.slide_id), objects_node(grid, node, by.model.objects))
+        colours = [_class_colour(c) for c in range(len(objects.classes))]
+        if found is not None:
+            store = SlideStore(out, item.slide_id)
+            pixel = store.node_attrs(thickness_node(grid, node, by.spec))["nm_per_px"]
+            yield wall(found, objects, by, colours, pixel)
 
 
 def _class_colour(index: int) -> str:

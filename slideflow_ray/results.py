@@ -284,11 +284,59 @@ class Detection(Spec):
         return lines
 
 
+class Measure(Spec):
+    """A number's mean over slides, its deviation over them, and the mean's 95 % interval by resampling patients."""
+
+    mean: float | None
+    sd: float | None
+    interval: Interval | None
+    slides: int
+
+
+class Overlap(Spec):
+    """How one class of a segmentation lies on the annotated one; each number is a mean over the slides of a split.
+
+    nowhere : slides where the class is neither found nor annotated, left out. one_sided : where it is only one of
+    both, so that Dice is 0 and there is no distance between boundaries. tolerance_nm : of `boundary_f`.
+    """
+
+    model: str
+    name: str
+    class_name: str
+    split: str
+    slides: int
+    nowhere: int
+    one_sided: int
+    patients: int
+    lone: int
+    tolerance_nm: float | None
+    dice: Measure
+    iou: Measure
+    hd95_nm: Measure
+    assd_nm: Measure
+    boundary_f: Measure
+
+    @property
+    def patients_text(self) -> str:
+        """How many patients, for reading."""
+        return patients_text(self.patients, self.lone)
+
+    @property
+    def sentence(self) -> str:
+        """The result in one line."""
+        dice = with_interval(self.dice.mean, self.dice.interval)
+        far = (
+            "" if self.hd95_nm.mean is None else f", HD95 {self.hd95_nm.mean:,.0f} nm, ASSD {self.assd_nm.mean:,.1f} nm"
+        )
+        n = f"mean of {self.dice.slides} slides of {self.patients_text}"
+        return f"{self.name}, {self.class_name}, {self.split}, by pixel: Dice {dice}{far} ({n})"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What an evaluation came to. `notes` say, in sentences, what was left out or could not be computed.
 
-    detections : of the objects of segmentations, where some are annotated.
+    detections : of the objects of segmentations, where some are annotated; overlaps : of their pixels.
     labels : the rule by which annotations became labels of tiles. run : the digest of the run it is of.
     """
 
@@ -299,6 +347,7 @@ class Evaluation:
     labels: str = ""
     run: str = ""
     detections: tuple[Detection, ...] = ()
+    overlaps: tuple[Overlap, ...] = ()
 
     def headline(self, model: str) -> Result | None:
         """Return the result that answers first: test, of the highest level that has an AUC, tiles before nothing."""
@@ -312,6 +361,7 @@ class Evaluation:
             "results": [r.model_dump(mode="json") for r in self.results],
             "argmax": [t.model_dump(mode="json") for t in self.tables],
             "detection": [d.model_dump(mode="json") for d in self.detections],
+            "overlap": [o.model_dump(mode="json") for o in self.overlaps],
             "notes": list(self.notes),
             "labels": self.labels,
             "run": self.run,
@@ -323,11 +373,12 @@ class Evaluation:
         """Return it in lines for a terminal: each result on test, then the notes."""
         judged = [r.sentence for r in self.results if r.split == JUDGED]
         judged += [line for d in self.detections if d.split == JUDGED for line in d.sentences]
+        judged += [o.sentence for o in self.overlaps if o.split == JUDGED]
         return "\n".join([*judged, *self.notes]) or "Nothing was evaluated."
 
 
 def write_evaluation(out: Path, evaluation: Evaluation) -> None:
-    """Write operating_points.json, detection.json (where there is any) and confusion.json, each atomically.
+    """Write operating_points.json, detection.json and overlap.json (where there is any), confusion.json, atomically.
 
     Equal evaluations make equal bytes.
     """
@@ -335,6 +386,9 @@ def write_evaluation(out: Path, evaluation: Evaluation) -> None:
     detection = {"schema": SCHEMA, "run": evaluation.run, "detection": found.pop("detection")}
     if evaluation.detections:
         storage.write_atomic(out / DETECTION[0], storage.to_json(detection))
+    overlap = {"schema": SCHEMA, "run": evaluation.run, "overlap": found.pop("overlap")}
+    if evaluation.overlaps:
+        storage.write_atomic(out / OVERLAP[0], storage.to_json(overlap))
     points = {"schema": SCHEMA, "run": evaluation.run, "points": found.pop("points")}
     storage.write_atomic(out / "operating_points.json", storage.to_json(points))
     storage.write_atomic(out / "confusion.json", storage.to_json({"schema": SCHEMA, **found}))
@@ -345,9 +399,11 @@ def read_evaluation(out: Path) -> Evaluation | None:
     points = storage.read_json(out / "operating_points.json")
     confusion = storage.read_json(out / "confusion.json")
     detection = storage.read_json(out / DETECTION[0]) or {"detection": []}
+    overlap = storage.read_json(out / OVERLAP[0]) or {"overlap": []}
     if points is None or confusion is None:
         return None
     return Evaluation(
+        overlaps=tuple(Overlap.parse(o, OVERLAP[0]) for o in overlap["overlap"]),
         detections=tuple(Detection.parse(d, DETECTION[0]) for d in detection["detection"]),
         points=tuple(OperatingPoint.parse(p, "operating_points.json") for p in points["points"]),
         results=tuple(Result.parse(r, "confusion.json") for r in confusion["results"]),
@@ -364,12 +420,15 @@ LESIONS = ("froc.json", "froc.parquet", "detections.parquet", "lesions.parquet",
 DETECTION = ("detection.json", "detection.parquet", "matches.parquet")
 """What the evaluation of annotated objects writes."""
 
+OVERLAP = ("overlap.json", "overlap.parquet")
+"""What the evaluation of annotated pixels writes."""
+
 STALE = "evaluated before the run changed: run `slideflow-ray evaluate {out}` again"
 
 
 def withdraw(out: Path) -> None:
     """Delete an earlier evaluation's files but its tables, so that none of them stands beside those of another."""
-    for name in ("operating_points.json", "confusion.json", *LESIONS, *DETECTION):
+    for name in ("operating_points.json", "confusion.json", *LESIONS, *DETECTION, *OVERLAP):
         (out / name).unlink(missing_ok=True)
 
 
@@ -391,7 +450,7 @@ def read_current(out: Path, record: Mapping[str, Any]) -> Current:
     One that does not say what it is of, as earlier versions wrote it, is taken for an old one.
     """
     now = run_digest(record)
-    names = ("confusion.json", "operating_points.json", "froc.json", DETECTION[0])
+    names = ("confusion.json", "operating_points.json", "froc.json", DETECTION[0], OVERLAP[0])
     files = {name: storage.read_json(out / name) for name in names}
     old = {name for name, found in files.items() if found is not None and found.get("run") != now}
     return Current(

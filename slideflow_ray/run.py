@@ -29,6 +29,7 @@ from slideflow_ray.planes import check_classes
 from slideflow_ray.profile import ComputeProfile
 from slideflow_ray.specs import BoxSpec, ComputeSpec, ModelSpec, ObjectSpec, RunSpec, TileSpec, WholeSpec, digest
 from slideflow_ray.store import folder_name
+from slideflow_ray.thickness import check_sides
 from slideflow_ray.units import Units
 
 # configuration
@@ -53,8 +54,9 @@ def _check_segmentations(found: Sequence[tuple[ModelSpec, BundleCard, str]]) -> 
     for model, card, _ in found:
         if card.task == "segment":
             check_classes(model.objects, card.classes)
-        elif model.objects != ObjectSpec():
-            raise ConfigError(f"{card.name} is no segmentation, so `objects` means nothing to it.")
+            check_sides(model.thickness, card.classes)
+        elif model.objects != ObjectSpec() or model.thickness is not None:
+            raise ConfigError(f"{card.name} is no segmentation, so `objects` and `thickness` mean nothing to it.")
         if model.segmentation is not None and names[model.segmentation] != 1:
             known = ", ".join(names) or "none"
             raise ConfigError(
@@ -303,11 +305,13 @@ def _write_heatmaps(spec: RunSpec, items: Sequence[Item], context: Context, resu
 
 
 def _write_counts(spec: RunSpec, out: Path) -> None:
-    """Write the tables of objects and counts, of a run with models; from the stores, so again after a kill."""
+    """Write tables of objects, counts and thickness, of a run with models; from the stores, so again after a kill."""
     if spec.model:
+        from slideflow_ray import biopsies
         from slideflow_ray.cascade import write_tables
 
         write_tables(out, spec.dask)
+        biopsies.write_tables(out)
 
 
 # the cost of a run

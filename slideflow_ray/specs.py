@@ -112,6 +112,20 @@ class ObjectSpec(Spec):
     min_distance_um: Annotated[float, Field(ge=0)] = 0.0
 
 
+class ThicknessSpec(Spec):
+    """Whose thickness is measured along its length, in a segmentation's plane.
+
+    of : the class; between : the classes on its two sides, in reach of which alone it is measured (within `reach_nm`
+    of its edge), as a basement membrane between endothelium and podocytes; everywhere, if empty. Pieces of its middle
+    line shorter than `least_um` are left out.
+    """
+
+    of: str
+    between: tuple[str, str] | tuple[()] = ()
+    least_um: Annotated[float, Field(ge=0)] = 0.3
+    reach_nm: Positive = 150.0
+
+
 class BoxSpec(Spec):
     """A square around each object that the segmentation `of` has found, read as `tile_px` x `tile_px` pixels.
 
@@ -166,8 +180,8 @@ class ModelSpec(Spec):
     `on`: "tissue" (tiles), "whole" (the image in one piece) or "objects:<model>" (each object that the
     segmentation of that name finds in this run, with `margin` of its side around it); the bundle says, if None.
     `features`: keep features too (encoders give nothing else). `objects`: how a segmentation's
-    objects are found. `service`: the model's folder (models/<name>) whose version in service `path` is; a run
-    writes it down, nobody needs to give it.
+    objects are found. `thickness`: of which of its classes the thickness is measured. `service`: the model's folder
+    (models/<name>) whose version in service `path` is; a run writes it down, nobody needs to give it.
     """
 
     path: str
@@ -176,6 +190,7 @@ class ModelSpec(Spec):
     margin: Annotated[float, Field(ge=0, le=4)] = 0.0
     features: bool = False
     objects: ObjectSpec = ObjectSpec()
+    thickness: ThicknessSpec | None = None
     service: str | None = None
 
     @property

@@ -478,4 +478,4 @@ def tree_digest(out: str | Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-_TABLES = {"operating_points.json", "confusion.json", "froc.json", "detection.json"}
+_TABLES = {"operating_points.json", "confusion.json", "froc.json", "detection.json", "overlap.json"}

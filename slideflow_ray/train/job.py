@@ -369,8 +369,8 @@ def _event(result: EpochResult, epochs: int) -> EpochTrained:
 # what is read
 
 
-def prepare(job: TrainJob, listen: Listener = silent) -> Data:
-    """Tile the slides of train and val, label their tiles, choose among them.
+def prepare(job: TrainJob, listen: Listener = silent, splits: Sequence[str] = ("train", "val")) -> Data:
+    """Tile the slides of train and val (or of `splits`), label their tiles, choose among them.
 
     Raises ConfigError, SplitLeakError.
     """
@@ -378,7 +378,7 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
     everyone = _split(job, listen)
     if job.task == "pretrain" and not any(item.split for item in everyone):
         everyone = [item.model_copy(update={"split": "train"}) for item in everyone]
-    items = [item for item in everyone if item.split in ("train", "val")]
+    items = [item for item in everyone if item.split in splits]
     if not any(item.split == "train" for item in items):
         raise ConfigError(
             f"{job.cohort} has no rows with split = train.",
@@ -389,7 +389,7 @@ def prepare(job: TrainJob, listen: Listener = silent) -> Data:
     context, result = _tile(job, items, listen)
     identities = {ended.slide_id: ended.identity for ended in result.ended}
     label = labelled_images if job.whole else _labelled
-    chunks: Chunks = {split: label(job, context, items, split, result) for split in ("train", "val")}
+    chunks: Chunks = {split: label(job, context, items, split, result) for split in splits}
     if job.whole and (left := left_out(job, items)):
         listen(Noted(left))
     chunks["train"] = _chosen(job, context, chunks["train"], listen)
