@@ -47,8 +47,12 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc'])) or '(all)'}: {e['msg']}" for e in error.errors()]
+            lines = [f"{'.'.join(map(str, e['loc'])) or '(all)'}: {_said(e)}" for e in error.errors()]
             raise ConfigError(f"{where}: " + "; ".join(lines) + ".") from error
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    return "there is no such setting" if error["type"] == "extra_forbidden" else str(error["msg"])
 
 
 class TissueSpec(Spec):

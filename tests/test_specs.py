@@ -40,7 +40,7 @@ def test_run_toml_is_relative_to_itself(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (TOML + "[tissu]\n", "tissu: Extra inputs"),
+        (TOML + "[tissu]\n", "tissu: there is no such setting"),
         (TOML.replace('tiles = "none"', 'tiles = "jpeg"'), "store.tiles"),
         (TOML.replace("stain", "colour"), "unknown columns"),
         ('cohort = "c"\nout = "o"\n', "name at least one"),
