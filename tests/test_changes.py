@@ -194,7 +194,8 @@ def test_a_slide_that_is_replaced_while_it_is_scored_is_never_scored_as_the_othe
 def test_a_slide_that_is_replaced_between_opening_and_the_end_of_a_read_gives_no_tiles(tmp_path, monkeypatch):
     """The chunk's first rows are of the old file and its last ones of the new one: none of them is kept."""
     for name, value in (("s", 50), ("other", 200)):  # not compressed, so that each byte has its place in both
-        tifffile.imwrite(tmp_path / f"{name}.tif", np.full((512, 512, 3), value, np.uint8), tile=(64, 64))
+        colour = np.full((512, 512, 3), (value - 30, value, value + 30), np.uint8)  # grey would be given a window
+        tifffile.imwrite(tmp_path / f"{name}.tif", colour, tile=(64, 64))
     item = Item(slide_id="s", uri=str(tmp_path / "s.tif"), modality="tem", mpp=0.5)
     tile = TileSpec(tile_px=64, mpp=0.5)
     context = Context(str(tmp_path / "out"), (), TissueSpec(), StoreSpec(), (tile,))

@@ -116,12 +116,12 @@ def test_slides_without_a_scale_are_listed_with_what_to_fill_in(tmp_path, capsys
     for i in range(12):
         slide(tmp_path / f"s{i}.png", i, dpi=None)
     slide(tmp_path / "dpi.png", 99, dpi=72)
-    code, _, err = call(capsys, "cohort", str(tmp_path), "-o", str(tmp_path / "c.csv"), "--modality", "tem")
+    code, _, err = call(capsys, "cohort", str(tmp_path), "-o", str(tmp_path / "c.csv"), "--modality", "pas")
     assert code == 0
     assert "column mpp: s0.png: E_NO_MPP" in err
     assert "column mpp: dpi.png: E_BAD_MPP" in err
     assert "column mpp: and 3 more (--json names them all)" in err
-    assert {item.modality for item in read_cohort(tmp_path / "c.csv")} == {"tem"}
+    assert {item.modality for item in read_cohort(tmp_path / "c.csv")} == {"pas"}
 
 
 @pytest.mark.parametrize(
