@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import EpochTrained, Noted
 from slideflow_ray.phantoms import write_tem_cohort
-from slideflow_ray.train.job import train
+from slideflow_ray.train.job import card_of, train
 from slideflow_ray.train.loop import learning_rate
 from slideflow_ray.train.pretrain import PretextNet, alarm_of, kept
 from slideflow_ray.train.spec import PretextSpec, TrainJob, TrainSpec, as_pretraining
@@ -98,6 +98,14 @@ def test_a_segmentation_begins_with_encoder_and_decoder(trained, cohort, tmp_pat
         if "running" not in key and "num_batches" not in key:
             np.testing.assert_allclose(after[key], before[key], atol=1e-6)
     assert {key for key in after if key not in before} == {"head.weight", "head.bias"}
+
+
+def test_tiles_may_be_smaller_than_the_reach_of_the_network(cohort, tmp_path):
+    """Nothing is put together from them: 4 levels reach 107 px."""
+    made = job(cohort, tmp_path, arguments={"levels": 4, "width": 4}, epochs=1)
+    with pytest.raises(ConfigError, match="no core within a halo of 112 px"):
+        card_of(made.model_copy(update={"task": "segment", "classes": ("a", "b")}))
+    assert card_of(made).core_px == 64 - 2 * 16
 
 
 def test_smp_networks_are_decoded_too():

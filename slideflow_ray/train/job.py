@@ -27,7 +27,7 @@ from slideflow_ray.store import SlideStore
 from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
 from slideflow_ray.train.colours import Targets, coloured
 from slideflow_ray.train.crew import Crew
-from slideflow_ray.train.dense import settled, tiles_said, with_seam
+from slideflow_ray.train.dense import reach, settled, tiles_said, with_seam
 from slideflow_ray.train.images import (
     LEAKING,
     labelled_images,
@@ -153,7 +153,7 @@ def card_of(job: TrainJob, targets: Targets | None = None) -> BundleCard:
     """Return the card of the bundle that a job writes, with the targets of `prepare`. Raises ConfigError."""
     job = settled(job)
     if job.task == "pretrain":  # never written: a pre-trained network has no classes, and its card no meaning yet
-        job = settled(job.model_copy(update={"task": "segment", "classes": ("background", "object")}))
+        job = job.model_copy(update={"task": "segment", "classes": ("background", "object"), "tile": _bare(job)})
     return BundleCard.parse(
         {
             "name": Path(job.out).name,
@@ -171,6 +171,11 @@ def card_of(job: TrainJob, targets: Targets | None = None) -> BundleCard:
         },
         "the bundle to be written",
     )
+
+
+def _bare(job: TrainJob) -> TileSpec | None:
+    """The tiles of a pre-training with the least halo that a card may state: nothing is put together from them."""
+    return job.tile and job.tile.model_copy(update={"halo_px": reach(job)[0]})
 
 
 def shape_of(job: TrainJob) -> dict[str, Any]:

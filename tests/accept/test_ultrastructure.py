@@ -204,10 +204,10 @@ def score(assignment: tuple[int, ...], train: list, labels: dict) -> float:
 SHARES, SEEDS = [1, 5, 10, 100], 5
 METHODS = ["random", "usregcon", "simclr", "pixcontrast", "detcon"]
 UNLABELLED = 210
-"""Micrographs of 512 px of other patients; those of train, 1,134 tiles, are pre-trained on. 96 images have labels.
+"""Micrographs of 512 px of other patients; the 2,016 tiles of train are pre-trained on. 96 images have labels.
 
-The source's lab had 60 unlabelled images for each labelled one. On the 96 images alone, in 72 to 150 steps, pre-training
-gave nothing: -0.07 on five seeds, with cells of 200 steps, in which endothelium is found or not by chance.
+The source's lab had 60 unlabelled images for each labelled one. On the 96 alone, in 72 to 150 steps, pre-training gave
+nothing: -0.07 on five seeds, with cells of 200 steps, in which endothelium is found or not by chance.
 """
 
 
