@@ -25,7 +25,7 @@ from slideflow_ray.splits import identities_of, lone_note, with_splits
 from slideflow_ray.stain import stain_name, stain_numbers
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
-from slideflow_ray.train.colours import Targets, coloured
+from slideflow_ray.train.colours import Targets, check_stated, coloured
 from slideflow_ray.train.crew import Crew
 from slideflow_ray.train.dense import settled, tiles_said, with_seam
 from slideflow_ray.train.images import (
@@ -386,6 +386,7 @@ def prepare(job: TrainJob, listen: Listener = silent, splits: Sequence[str] = ("
         )
     if job.sample.enlarge and not leaks(job):
         items += more_images(job, [item for item in items if item.split == "train"], listen)
+    check_stated(job, items)
     context, result = _tile(job, items, listen)
     identities = {ended.slide_id: ended.identity for ended in result.ended}
     label = labelled_images if job.whole else _labelled
