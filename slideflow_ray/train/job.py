@@ -13,7 +13,7 @@ import numpy as np
 
 from slideflow_ray import storage
 from slideflow_ray.accounting import RunResult
-from slideflow_ray.annotations import slide_labels
+from slideflow_ray.annotations import slide_labels, unused_names
 from slideflow_ray.cohort import Item, check_splits, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import EpochTrained, Listener, Noted, silent
@@ -387,6 +387,8 @@ def prepare(job: TrainJob, listen: Listener = silent, splits: Sequence[str] = ("
     if job.sample.enlarge and not leaks(job):
         items += more_images(job, [item for item in items if item.split == "train"], listen)
     check_stated(job, items)
+    if unused := unused_names(items, job.labels.names):
+        listen(Noted(unused))
     context, result = _tile(job, items, listen)
     identities = {ended.slide_id: ended.identity for ended in result.ended}
     label = labelled_images if job.whole else _labelled
