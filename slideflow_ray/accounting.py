@@ -82,7 +82,7 @@ def note_failure(out: Path, item: Item, ended: Ended, wanted: str) -> None:
     `wanted` is a digest of what the run wanted of its slides (tiles, scales): another run may
     want what a slide can give.
     """
-    record = {"ended": asdict(ended), "item": item.model_dump(mode="json"), "seen": _seen(item), "wanted": wanted}
+    record = {"ended": asdict(ended), "item": item.written(), "seen": _seen(item), "wanted": wanted}
     storage.write_atomic(_note(out, item.slide_id), storage.to_json(record))
 
 
@@ -109,7 +109,7 @@ def refused_before(out: Path, items: Sequence[Item], wanted: str) -> dict[str, E
 
 
 def _as_it_was(item: Item, record: dict[str, Any], wanted: str) -> bool:
-    same = record["item"] == item.model_dump(mode="json") and record["seen"] == _seen(item)
+    same = record["item"] == item.written() and record["seen"] == _seen(item)
     return bool(same and record["wanted"] == wanted)
 
 
@@ -147,7 +147,7 @@ def write_run(out: Path, spec: RunSpec, items: Sequence[Item], context: Context,
     ]
     record = {
         "spec": spec.model_dump(mode="json"),
-        "items": [item.model_dump(mode="json") for item in items],
+        "items": [item.written() for item in items],
         "models": models,
         "profile": context.profile.model_dump(mode="json") if context.profile else None,
         "profile_digest": context.profile.digest() if context.profile else None,
@@ -193,7 +193,7 @@ def run_digest(record: Mapping[str, Any]) -> str:
     kept = ("status", "tiles", "identity", "grids", "pack", "row", "packed")
     return digest(
         {
-            "items": [{key: value for key, value in item.items() if key != "uri"} for item in record["items"]],
+            "items": [{k: v for k, v in {"modality": "he", **item}.items() if k != "uri"} for item in record["items"]],
             "outcomes": {slide_id: [o.get(key) for key in kept] for slide_id, o in record["outcomes"].items()},
             "models": [[m["node"], m["name"], m["task"], list(m["classes"])] for m in record["models"]],
             "profile": record["profile_digest"],

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from defusedxml import DefusedXmlException, ElementTree
 from shapely.errors import GEOSException
 
 from slideflow_ray.cohort import Item
-from slideflow_ray.errors import AnnotationError, SlideError
+from slideflow_ray.errors import AnnotationError, SlideError, SlideflowError
 from slideflow_ray.identity import file_sha256
 from slideflow_ray.remote import at_hand
 from slideflow_ray.specs import LabelSpec, digest
@@ -38,6 +38,9 @@ MAX_PX0 = 1e7
 
 MAX_BYTES = 2**30
 MAX_DEPTH = 50
+
+NAMED = 12
+"""Names that a note lists of those that occur."""
 """Of XML; ASAP's has five levels."""
 
 METHOD = 3
@@ -305,6 +308,35 @@ def classes_of(label: str, classes: Sequence[str], names: Mapping[str, str] | No
     whole = class_of(label, classes, names)
     meant = {whole} if whole else {class_of(part.strip(), classes, names) for part in label.split("+")}
     return tuple(name for name in classes if name in meant)
+
+
+def unused_names(items: Iterable[Item], names: Mapping[str, str]) -> str:
+    """Return what to say of `names` that occur in no annotation and no label of a cohort, "" where all occur.
+
+    Files that cannot be read say nothing here: whoever needs them raises AnnotationError.
+    """
+    known: dict[str, str] = {}
+    left = {name.strip().casefold(): name for name in names}
+    for item in items:
+        if not left:
+            return ""
+        here = {part.strip() for text in (item.label or "", *_names_in(item)) for part in (text, *text.split("+"))}
+        known |= {name.casefold(): name for name in sorted(here - {""})}
+        left = {key: name for key, name in left.items() if key not in known}
+    if not left:
+        return ""
+    there = [known[key] for key in sorted(known)]
+    more = f" and {len(there) - NAMED} more" if len(there) > NAMED else ""
+    occur = f"there are {', '.join(there[:NAMED])}{more}" if there else "there are none"
+    which = ", ".join(repr(name) for name in left.values())
+    return f"No annotation or label is called {which}, so mapping it says nothing: {occur}."
+
+
+def _names_in(item: Item) -> list[str]:
+    try:
+        return [region.name for region in _regions(item)]
+    except SlideflowError:
+        return []
 
 
 def named(

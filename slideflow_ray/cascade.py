@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -142,6 +142,22 @@ class Found:
 
     def __len__(self) -> int:
         return 0 if self.objects is None else len(self.objects)
+
+
+def without_objects(
+    out: Path, items: Iterable[Item], outcomes: Mapping[str, Mapping[str, Any]], cascade: Cascade
+) -> int:
+    """Return on how many slides a segmentation ran, where it found no object on any of them; 0 where it found some.
+
+    Raises StoreError, CorruptStore.
+    """
+    slides = 0
+    for item in items:
+        found = read_found(out, item, outcomes.get(item.slide_id, {}), cascade)
+        if found is not None and len(found):
+            return 0
+        slides += found is not None
+    return slides
 
 
 def read_found(out: Path, item: Item, outcome: Mapping[str, Any], cascade: Cascade) -> Found | None:

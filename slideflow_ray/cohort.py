@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -82,6 +82,15 @@ class Item(Spec):
     def patient(self) -> str:
         """The patient, or the slide itself where the cohort names none."""
         return self.patient_id or self.slide_id
+
+    @property
+    def says_stain(self) -> bool:
+        """Whether its row says how it is stained: its column `stain` or `modality`, blank cells saying nothing."""
+        return self.stain is not None or "modality" in self.model_fields_set
+
+    def written(self) -> dict[str, Any]:
+        """Return the item as JSON; a modality that nobody gave is left out, so that who reads it knows that too."""
+        return self.model_dump(mode="json", exclude=None if "modality" in self.model_fields_set else {"modality"})
 
 
 COLUMNS = tuple(Item.model_fields)
@@ -176,11 +185,11 @@ def _in_um(where: str, values: dict[str, str]) -> dict[str, str]:
     return {**values, "mpp": repr(mpp)}
 
 
-def single_slide(uri: str, mpp: float | None = None, modality: str = "he") -> tuple[Item, ...]:
+def single_slide(uri: str, mpp: float | None = None, modality: str | None = None) -> tuple[Item, ...]:
     """Return the cohort of one slide given on the command line; its id is the file's stem. Raises ConfigError."""
     uri = relative_to(Path.cwd(), uri)
     stem = PurePosixPath(uri).stem.strip() or "slide"
-    values = {"slide_id": stem, "uri": uri, "mpp": mpp, "modality": modality}
+    values = {"slide_id": stem, "uri": uri, "mpp": mpp} | ({"modality": modality} if modality else {})
     return (Item.parse(values, f"slide {uri!r}"),)
 
 

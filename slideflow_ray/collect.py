@@ -410,7 +410,9 @@ def describe(found: Collected) -> Iterator[str]:
     kinds: dict[str, list[str]] = {
         "missing": list(found.missing),
         "cannot be opened": [f"{name}: {why}" for name, why in found.unreadable.items()],
-        "needs a value in the column mpp": [f"{s.name}: {s.scale}" for s in found.slides if s.scale],
+        "for models of tiles, not for those of whole images, needs a value in the column mpp": [
+            f"{s.name}: {s.scale}" for s in found.slides if s.scale
+        ],
         "same name": [", ".join(names) for names in found.same_name],
         "same bytes": [", ".join(names) for names in found.same_bytes],
         "no patient in its path": [s.name for s in found.slides if some and not s.patient],

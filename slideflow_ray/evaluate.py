@@ -20,7 +20,7 @@ import numpy as np
 from slideflow_ray import aggregate, answers, cascade, detection, overlap
 from slideflow_ray.accounting import read_run as read_record
 from slideflow_ray.aggregate import Calls, Part, Scheduler, Sides, SlideScore, Tiles
-from slideflow_ray.annotations import class_of, classes_of
+from slideflow_ray.annotations import class_of, classes_of, unused_names
 from slideflow_ray.cases import (
     EXACT_TILES,
     Judged,
@@ -138,7 +138,8 @@ def evaluate(
         record = read_record(run.out)
         detected = detect(run, record, points, **settings.draw)
         compared = overlap.overlap(run, record, **settings.draw)
-        evaluation = _together([d.found for d in done], detected, compared, run)
+        notes = _notes(run, record, [d.found for d in done])
+        evaluation = _together([d.found for d in done], detected, compared, run, notes)
         withdraw(run.out)
         if detected.results:
             for name, columns in detection.TABLES.items():
@@ -152,8 +153,26 @@ def evaluate(
     return evaluation
 
 
-def _together(found: Sequence[Evaluation], detected: Detected, compared: overlap.Compared, run: Run) -> Evaluation:
-    notes = (*(note for one in found for note in one.notes), *detected.notes, *compared.notes)
+def _notes(run: Run, record: Mapping[str, Any], found: Sequence[Evaluation]) -> tuple[str, ...]:
+    """What stands above all: names that occur nowhere, segmentations without objects; then each model's notes.
+
+    Of models on objects that do not exist nothing more is said: all of it would follow from that.
+    """
+    unused = unused_names(run.items, run.labels.names)
+    notes = [unused] if unused else []
+    idle: set[str] = set()
+    for one in cascade.cascades(record):
+        if slides := cascade.without_objects(run.out, run.items, run.outcomes, one):
+            notes.append(f"{one.name} found no objects on any of {slides} slides.")
+            idle |= {judge.node for judge in one.judges}
+    pairs = zip(run.models, found, strict=True)
+    return (*notes, *(note for model, its in pairs if model.node not in idle for note in its.notes))
+
+
+def _together(
+    found: Sequence[Evaluation], detected: Detected, compared: overlap.Compared, run: Run, notes: tuple[str, ...]
+) -> Evaluation:
+    notes = (*notes, *detected.notes, *compared.notes)
     return Evaluation(
         points=tuple(point for one in found for point in one.points),
         results=tuple(result for one in found for result in one.results),

@@ -288,9 +288,8 @@ def split_cohort(
 
 def write_items(path: Path, items: Sequence[Item]) -> None:
     """Write items as a cohort.csv, columns that nobody uses left out; files below its folder are named from there."""
-    rows = [item.model_dump(mode="json") for item in items]
-    columns = [name for name in COLUMNS if name != "modality" and any(row[name] is not None for row in rows)]
-    columns += ["modality"] * any(row["modality"] != Item.model_fields["modality"].default for row in rows)
+    rows = [item.written() for item in items]
+    columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     here = path.resolve().parent
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")

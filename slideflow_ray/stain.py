@@ -160,6 +160,14 @@ def target_of(targets: Mapping[str, StainTarget], stain: str, who: str) -> Stain
     )
 
 
+def unstated(who: str) -> StainError:
+    """Return the error of slides whose rows say no stain, where there are several: none is taken for HE in silence."""
+    return StainError(
+        f"{who}: the cohort says neither stain nor modality, and there is more than one stain to choose from.",
+        next_step="Fill the column `stain` (he, pas, ...) of these rows and run again.",
+    )
+
+
 # optical density
 
 

@@ -14,6 +14,7 @@ from slideflow_ray.accounting import Ended, failed, failed_before, forget_failur
 from slideflow_ray.cohort import Item
 from slideflow_ray.packs import Pack, Packed, broken_rows, pack_items
 from slideflow_ray.pipeline import Context
+from slideflow_ray.stain import unstated
 from slideflow_ray.storage import place
 from slideflow_ray.store import SlideStore
 
@@ -29,7 +30,10 @@ class Units:
         self._items = {item.slide_id: item for item in items}
         self.ended: dict[str, Ended] = dict(before)
         self.packs: dict[str, tuple[str, ...]] = {}
-        left = [item for item in items if item.slide_id not in before]
+        unsaid = [i for i in items if i.slide_id not in before and not i.says_stain and _restained(context, i)]
+        for item in unsaid:
+            self._end(failed(item.slide_id, unstated(item.slide_id)))
+        left = [item for item in items if item.slide_id not in self.ended]
         packed = [item for item in left if _in_one_piece(context, item)]
         again = failed_before(self._out, packed, refused=retry)
         self._packed = pack_items(self._out, packed, again) if packed else Packed((), {}, {}, {}, {})
@@ -78,6 +82,11 @@ class Units:
             note_failure(self._out, self._items[slide_id], ended, self._want)
         elif slide_id not in self._both or first is not None:
             forget_failure(self._out, slide_id)
+
+
+def _restained(context: Context, item: Item) -> bool:
+    """Whether a model would have to choose among the targets of several stains for the item."""
+    return any(len(m.stain or {}) > 1 and m.applies_to(item) for m in context.models)
 
 
 def _in_one_piece(context: Context, item: Item) -> bool:

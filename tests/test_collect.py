@@ -118,7 +118,9 @@ def test_slides_without_a_scale_are_listed_with_what_to_fill_in(tmp_path, capsys
     slide(tmp_path / "dpi.png", 99, dpi=72)
     code, _, err = call(capsys, "cohort", str(tmp_path), "-o", str(tmp_path / "c.csv"), "--modality", "pas")
     assert code == 0
-    assert "column mpp: s0.png: E_NO_MPP" in err
+    assert (
+        "for models of tiles, not for those of whole images, needs a value in the column mpp: s0.png: E_NO_MPP" in err
+    )
     assert "column mpp: dpi.png: E_BAD_MPP" in err
     assert "column mpp: and 3 more (--json names them all)" in err
     assert {item.modality for item in read_cohort(tmp_path / "c.csv")} == {"pas"}

@@ -377,3 +377,17 @@ def test_with_several_kinds_of_objects_a_lesion_may_lie_on_any():
     regions = [Region("FSG", shapely.Point(0, 0).buffer(5)), Region("sclerosed", shapely.Point(50, 0).buffer(5))]
     drawn, _ = truths(regions, two, {})
     assert [t.found for t in drawn] == ["", "sclerosed"]
+
+
+def test_a_segmentation_that_finds_nothing_is_said_first_and_buries_no_note(tmp_path, out):
+    write_kind(tmp_path, "kind")
+    drawn = [circle(d) for d in grid_of_discs(3, 1)]
+    slides = {
+        f"{split}{i}": ([], {"split": split, "patient_id": f"{split}{i}"}) for split in ("val", "test") for i in (0, 1)
+    }
+    made = run_cascade(tmp_path, write_cohort(tmp_path, slides, dict.fromkeys(slides, drawn)), "kind")
+    found = evaluate(made, resamples=10)
+    assert found.notes[0] == "discs found no objects on any of 4 slides."
+    assert not any(note.startswith("kind") for note in found.notes)
+    assert [(d.annotated, d.found) for d in found.detections] == [(6, 0), (6, 0)]
+    assert not any("found no objects" in note for note in read_evaluation(out).notes)  # one empty slide of many

@@ -10,6 +10,7 @@ from scored import GRID, NODE, PROFILE, Scored, box, cells_of, two_class, write_
 from sklearn import metrics as sk
 
 from slideflow_ray import accounting, cli
+from slideflow_ray.annotations import unused_names
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import AnnotationError, ConfigError, SplitLeakError
 from slideflow_ray.evaluate import evaluate
@@ -256,6 +257,19 @@ def test_failed_slides_and_slides_without_tissue_are_left_out_and_counted(run, t
     found = evaluate(write_scored_run(tmp_path / "more", [*slides, empty], failed=failed))
     assert "fake: 2 of 10 slides in split 'test' have no scores and are left out." in found.notes
     assert result(found, "slide").positives == 4
+    assert not any("is called" in note for note in found.notes)
+
+
+def test_a_name_that_occurs_nowhere_is_said_with_those_that_do(tmp_path):
+    slides = cohort(tmp_path)
+    made = write_scored_run(tmp_path / "out", slides)
+    found = evaluate(made, names={"Tumr": "tumor", "TUMOR": "tumor"})
+    said = "No annotation or label is called 'Tumr', so mapping it says nothing: there are normal, tumor."
+    assert found.notes[0] == said
+    assert said in found.summary()
+    label = Item(slide_id="a", uri="a.svs", label="FSG+CGN")
+    assert unused_names([label], {"cgn": "glomerulus", "FSG+CGN": "glomerulus"}) == ""
+    assert unused_names([Item(slide_id="a", uri="a.svs")], {"x": "y"}).endswith("there are none.")
 
 
 def test_tiles_of_unannotated_positive_slides_are_unknown(run, tmp_path):

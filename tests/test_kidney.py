@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 import shapely
 from shapely.geometry import shape
 
+from slideflow_ray import cli
 from slideflow_ray.cohort import read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.phantoms import kidney, write_glomeruli, write_kidney_cohort
@@ -145,3 +147,27 @@ def colours(path: str) -> np.ndarray:
     pixels = np.asarray(Image.open(path)).reshape(-1, 3)
     shares = [np.histogram(pixels[:, c], bins=16, range=(0, 256))[0] / len(pixels) for c in range(3)]
     return np.concatenate([pixels.mean(0), pixels.std(0), *shares])
+
+
+def code_of(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    return caught.value.code or 0
+
+
+def test_the_command_line_chooses_the_kinds(tmp_path, capsys, monkeypatch):
+    made = partial(write_glomeruli, per_patient=6, side_px=32, workers=1)
+    monkeypatch.setattr("slideflow_ray.phantoms.write_glomeruli", made)
+    given = ["--kind", "glomeruli", "--patients", "3", "--kinds", "Normal, FSG+CGN,GS"]
+    assert code_of(["phantoms", str(tmp_path / "crops"), *given]) == 0
+    labels = Counter(row["label"] for row in rows_of(tmp_path / "crops" / "cohort.csv"))
+    assert labels == {"Normal": 6, "FSG+CGN": 6, "GS": 6}
+    sections = partial(write_kidney_cohort, slides_per_patient=1, size_px0=(1400, 1000), workers=1)
+    monkeypatch.setattr("slideflow_ray.phantoms.write_kidney_cohort", sections)
+    assert code_of(["phantoms", str(tmp_path / "k"), "--kind", "kidney", "--patients", "3", "--kinds", "GS"]) == 0
+    for row in rows_of(tmp_path / "k" / "cohort.csv"):
+        assert {name for name, _ in polygons(tmp_path / "k", row)} == {"GS"}
+    capsys.readouterr()
+    assert code_of(["phantoms", str(tmp_path / "no"), "--kind", "kidney", "--kinds", "Norml"]) == 2
+    assert "FSG+CGN, GS" in capsys.readouterr().err
+    assert code_of(["phantoms", str(tmp_path / "no"), "--kinds", "GS"]) == 2

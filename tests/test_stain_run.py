@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from test_stain import RUIFROK, SCANNER_B, amounts, picture, target, unit
 
 from slideflow_ray.accounting import read_run
-from slideflow_ray.cohort import read_cohort
+from slideflow_ray.cohort import Item, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import ChunkScored
 from slideflow_ray.models.bundle import forward_digest, load_weights, read_card, write_bundle
@@ -23,12 +24,12 @@ from slideflow_ray.phantoms import write_pyramid
 from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.prepare import restained
 from slideflow_ray.profile import resolve
-from slideflow_ray.run import run
+from slideflow_ray.run import run, settings_of
 from slideflow_ray.specs import ComputeSpec, RunSpec, StoreSpec, TissueSpec, WholeSpec
 from slideflow_ray.stain import Stained, StainFit, fit_tiles
 from slideflow_ray.staining import read_fits
 from slideflow_ray.store import SlideStore, tree_digest, verify
-from slideflow_ray.train.colours import coloured
+from slideflow_ray.train.colours import check_stated, coloured
 from slideflow_ray.train.job import prepare, train
 from slideflow_ray.train.spec import TrainJob
 from slideflow_ray.train.tiles import LabelledChunk
@@ -418,3 +419,60 @@ def test_contexts_still_travel(folder, stained):
     context = Context("x", (), TissueSpec(), StoreSpec())
     assert pickle.loads(pickle.dumps((card, context))) == (card, context)
     assert read_cohort(folder / "cohort.csv")[1].stain == "H&E"
+
+
+@pytest.fixture(scope="module")
+def both(folder, stained) -> dict[str, Path]:
+    """The bundles with a target for HE and one for PAS."""
+    tiles = {stain: [picture(amounts(7), unit(RUIFROK[stain]), 7, 0.9)] for stain in ("he", "pas")}
+    fits = {stain: target(fit_tiles(several, "vahadane", stain=stain), stain) for stain, several in tiles.items()}
+    return {
+        name: write_bundle(
+            folder / f"both-{name}",
+            read_card(stained[name]).model_copy(update={"name": f"both-{name}", "stain": fits}),
+            load_weights(stained[name]),
+        )
+        for name in ("tiles", "crops")
+    }
+
+
+def test_of_several_targets_none_is_taken_for_a_row_that_says_no_stain(folder, stained, both, tmp_path):
+    rows = ["slide_id,uri,modality,stain", "a,a.tif,,", "b,b.tif,he,", "c,c.tif,,PAS"]
+    cohort, out = folder / "blank.csv", tmp_path / "out"
+    cohort.write_text("\n".join(rows) + "\n")
+    ended = {e.slide_id: e for e in run(spec(cohort, out, both["tiles"])).ended}
+    assert {name: e.status for name, e in ended.items()} == {"a": "failed", "b": "done", "c": "done"}
+    assert (ended["a"].code, "says neither stain nor modality" in ended["a"].message) == ("E_STAIN", True)
+    assert "column `stain`" in ended["a"].next_step
+    again, items = settings_of(out)  # as run.json tells it: what nobody said is still not said
+    assert [item.says_stain for item in items] == [False, True, True]
+    assert [e.code for e in run(again, items).ended] == ["E_STAIN", "", ""]
+    cohort.write_text("\n".join([rows[0], "a,a.tif,,he", *rows[2:]]) + "\n")
+    assert run(spec(cohort, out, both["tiles"])).counts["done"] == 3
+    assert not list((out / "failures").glob("*.json"))
+    (folder / "none.csv").write_text("slide_id,uri\na,a.tif\n")
+    assert run(spec(folder / "none.csv", tmp_path / "one", stained["tiles"])).counts["done"] == 1  # one target only
+
+
+def test_crops_that_say_no_stain_leave_their_pack_to_the_others(folder, both, tmp_path):
+    (folder / "blank_crops.csv").write_text(
+        "slide_id,uri,patient_id,modality\ncrop0,crop0.png,p0,he\ncrop1,crop1.png,p0,\ncrop2,crop2.png,p0,he\n"
+    )
+    result = run(spec(folder / "blank_crops.csv", tmp_path / "out", both["crops"]))
+    assert [(e.slide_id, e.status, e.code) for e in result.ended] == [
+        ("crop0", "done", ""),
+        ("crop1", "failed", "E_STAIN"),
+        ("crop2", "done", ""),
+    ]
+
+
+def test_a_training_of_several_stains_wants_each_row_to_say_its_own(job):
+    said = [Item(slide_id="p", uri="p.tif", stain="PAS"), Item(slide_id="h", uri="h.tif", modality="he")]
+    blank = [pickle.loads(pickle.dumps(Item(slide_id=f"s{i}", uri="s.tif"))) for i in range(2)]
+    normalising = TrainJob.parse({**job, "stain": "reinhard"}, "test")
+    with pytest.raises(ConfigError, match=r"E_STAIN: s0, s1 \(2 slides\)") as caught:
+        check_stated(normalising, [*said, *blank])
+    assert "column `stain`" in caught.value.step
+    check_stated(normalising, said)
+    check_stated(normalising, [said[1], *blank])  # all are HE
+    check_stated(TrainJob.parse(job, "test"), [*said, *blank])  # nothing is normalised

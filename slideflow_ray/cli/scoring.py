@@ -43,7 +43,7 @@ def run(
     stride_px: Annotated[int | None, typer.Option(min=1, help="From tile to tile; default: the tile's size.")] = None,
     min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Least tissue of a tile.")] = 0.05,
     mpp: Annotated[float | None, typer.Option(help="um per pixel of the one slide, if its file does not say.")] = None,
-    modality: Annotated[str, typer.Option(help="he, pas, silver, ihc, tem or mri: of the one slide.")] = "he",
+    modality: Annotated[str | None, typer.Option(help="he, pas, silver, ihc, tem or mri: of the one slide.")] = None,
     dask: Annotated[DaskName, typer.Option(help="Scheduler of the aggregation.")] = DaskName.threads,
     retry: Annotated[bool, typer.Option("--retry", help="Try refused slides again.")] = False,
     rehash: Annotated[bool, typer.Option("--rehash", help="Read also files of unchanged size and time again.")] = False,

@@ -41,15 +41,22 @@ def phantoms(
     slides: Annotated[int, typer.Option(min=3, help="Of tumour.")] = 12,
     patients: Annotated[int, typer.Option(min=3, help="Of kidney and glomeruli.")] = 10,
     scanner: Annotated[ScannerName, typer.Option(help="Of kidney and glomeruli.")] = ScannerName.A,
+    kinds: Annotated[
+        str | None, typer.Option(help="Of kidney and glomeruli, by turns: Normal,FSG+CGN,GS; default: the four alone.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Write a cohort of generated images with their truth; print where its cohort.csv is."""
     from slideflow_ray.phantoms import write_cohort, write_glomeruli, write_kidney_cohort
+    from slideflow_ray.phantoms.glomerulus import KINDS
 
+    shown = KINDS if kinds is None else tuple(name.strip() for name in kinds.split(","))
     if kind == PhantomKind.kidney:
-        path = write_kidney_cohort(folder, patients=patients, scanner=scanner.value, seed=seed)
+        path = write_kidney_cohort(folder, patients=patients, scanner=scanner.value, kinds=shown, seed=seed)
     elif kind == PhantomKind.glomeruli:
-        path = write_glomeruli(folder, patients=patients, scanner=scanner.value, seed=seed)
+        path = write_glomeruli(folder, patients=patients, scanner=scanner.value, kinds=shown, seed=seed)
+    elif kinds is not None:
+        raise ConfigError("--kinds needs --kind kidney or glomeruli.")
     else:
         path = write_cohort(folder, slides=slides, seed=seed)
     typer.echo(path)

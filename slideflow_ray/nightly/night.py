@@ -280,7 +280,7 @@ def _reference(work: _Work) -> dict[str, None]:
     if not items:
         raise ConfigError(f"{reference.cohort} has no slide of split {reference.split!r} to compare with.")
     out = work.out / REFERENCE
-    made_of = digest([work.how, [item.model_dump(mode="json") for item in items]])
+    made_of = digest([work.how, [item.written() for item in items]])
     if storage.read_json(out / "made_of.json") != made_of:
         run(work.run.model_copy(update={"out": str(out)}), items, work.listen)
         storage.write_atomic(out / "made_of.json", storage.to_json(made_of))

@@ -194,5 +194,6 @@ def _taken(source: Source, uri: str, here: Mapping[str, Source], before: Mapping
 
 def _item(spec: NightlySpec, slide_id: str, source: Source) -> Item:
     patient = patient_of(spec.patient_pattern, source.name)
-    values = {"slide_id": slide_id, "uri": source.uri, "modality": spec.modality, "patient_id": patient}
+    values = {"slide_id": slide_id, "uri": source.uri, "patient_id": patient}
+    values |= {"modality": spec.modality} if "modality" in spec.model_fields_set else {}
     return Item.parse({key: value for key, value in values.items() if value}, source.uri)

@@ -210,6 +210,12 @@ def _feature(one: Glomerulus, seed: int, number: int) -> dict[str, Any]:
 # cohorts
 
 
+def _check_kinds(kinds: Sequence[str]) -> None:
+    """Raise ConfigError for what is no kind of glomerulus."""
+    if not kinds or set(kinds) - set(COLOURS):
+        raise ConfigError(f"{', '.join(kinds) or 'Nothing'}: the kinds of glomeruli are {', '.join(COLOURS)}.")
+
+
 def kidney_splits(patients: int) -> list[Split]:
     """Return the split of each patient, 6:2:2.
 
@@ -236,18 +242,21 @@ def write_kidney_cohort(
     scanner: str = "A",
     mixed: float = 0.0,
     sclerosed: float = 0.0,
+    kinds: Sequence[str] = KINDS,
     splits: Sequence[Split] = ("train", "val", "test"),
     workers: int = 0,
 ) -> Path:
     """Write serial sections of biopsies, HE and PAS in turn, with annotations; return the path of cohort.csv.
 
+    Glomeruli are evenly of `kinds`, besides the shares of `mixed` and `sclerosed` ones.
     `scanner` is "A", "B", or "AB" for patients in turn. `counts.csv` beside the cohort says how
     many glomeruli of each kind a slide shows. Split 6:2:2 by patient; the patients of other splits than `splits`
     are left out, and the others stay as they are. `workers` processes write (0: one per core; 1: this one).
     """
+    _check_kinds(kinds)
     folder = Path(folder)
     jobs = [
-        _Slide(folder, _slide_row(patient, split, section, scanner), seed, size_px0, mpp0, mixed, sclerosed)
+        _Slide(folder, _slide_row(patient, split, section, scanner), seed, size_px0, mpp0, mixed, sclerosed, kinds)
         for patient, split in enumerate(kidney_splits(patients))
         if split in splits
         for section in range(slides_per_patient)
@@ -268,6 +277,7 @@ class _Slide:
     mpp0: float
     mixed: float
     sclerosed: float
+    kinds: Sequence[str] = KINDS
 
 
 def _slide_row(patient: int, split: str, section: int, scanner: str) -> dict[str, str]:
@@ -294,7 +304,7 @@ def _write_section(job: _Slide) -> dict[str, int]:
     """Write one slide and its annotation; return how many glomeruli of each kind it shows."""
     patient, section = int(job.row["patient_id"][1:]), int(job.row["section"])
     rng = np.random.default_rng([job.seed, patient, 20261124])
-    layout = lay_out(rng, job.size_px0, job.mpp0, mixed=job.mixed, sclerosed=job.sclerosed)
+    layout = lay_out(rng, job.size_px0, job.mpp0, mixed=job.mixed, sclerosed=job.sclerosed, kinds=job.kinds)
     seed = (job.seed * 1000 + patient) * 100 + section
     seen = write_kidney_slide(
         job.folder / job.row["uri"], layout, stain=_stain(job.row), scanner=job.row["scanner"], seed=seed
@@ -326,6 +336,7 @@ def write_glomeruli(
     `label` is the kind; kinds come in turn, so every patient has all of them. `scanner` is "A", "B", or "AB" for
     patients in turn. Split 6:2:2 by patient.
     """
+    _check_kinds(kinds)
     folder = Path(folder)
     jobs = [
         (folder, _crop_row(patient, split, number, scanner, kinds), seed, side_px)

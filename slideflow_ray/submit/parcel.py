@@ -220,9 +220,10 @@ def _belongs(file: Path) -> bool:
 def _csv(items: Sequence[Item]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    used = [column for column in COLUMNS if any(getattr(item, column) is not None for item in items)]
+    rows = [item.written() for item in items]
+    used = [column for column in COLUMNS if any(row.get(column) is not None for row in rows)]
     writer.writerow(used)
-    writer.writerows(safe_row(getattr(item, column) for column in used) for item in items)
+    writer.writerows(safe_row(row.get(column) for column in used) for row in rows)
     return text.getvalue().encode()
 
 

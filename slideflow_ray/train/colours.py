@@ -13,13 +13,22 @@ from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError, SlideflowError
 from slideflow_ray.packs import Pack
 from slideflow_ray.pipeline import Context, fit_stains
-from slideflow_ray.stain import Stained, StainFit, StainTarget, nearest_median
+from slideflow_ray.stain import Stained, StainFit, StainTarget, nearest_median, stain_numbers, unstated
 from slideflow_ray.staining import Fits
 from slideflow_ray.train.spec import TrainJob
 from slideflow_ray.train.tiles import LabelledChunk
 
 Targets = dict[str, StainTarget]
 Chunks = dict[str, list[LabelledChunk]]
+
+
+def check_stated(job: TrainJob, items: Sequence[Item]) -> None:
+    """Raise ConfigError where a training of several stains has slides whose rows do not say theirs."""
+    unsaid = [item.slide_id for item in items if not item.says_stain]
+    if job.stain is None or not unsaid or len(stain_numbers(items)) < 2:
+        return
+    error = unstated(f"{', '.join(unsaid[:5])}{', ...' if len(unsaid) > 5 else ''} ({len(unsaid)} slides)")
+    raise ConfigError(f"{error.code}: {error.message}", next_step=error.step)
 
 
 def coloured(job: TrainJob, context: Context, chunks: Chunks) -> tuple[Chunks, Targets | None]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from slideflow_ray import storage
 from slideflow_ray.accounting import RunResult
-from slideflow_ray.annotations import slide_labels
+from slideflow_ray.annotations import slide_labels, unused_names
 from slideflow_ray.cohort import Item, check_splits, read_cohort
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import EpochTrained, Listener, Noted, silent
@@ -25,7 +25,7 @@ from slideflow_ray.splits import identities_of, lone_note, with_splits
 from slideflow_ray.stain import stain_name, stain_numbers
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
-from slideflow_ray.train.colours import Targets, coloured
+from slideflow_ray.train.colours import Targets, check_stated, coloured
 from slideflow_ray.train.crew import Crew
 from slideflow_ray.train.dense import reach, settled, tiles_said, with_seam
 from slideflow_ray.train.images import (
@@ -391,6 +391,9 @@ def prepare(job: TrainJob, listen: Listener = silent, splits: Sequence[str] = ("
         )
     if job.sample.enlarge and not leaks(job):
         items += more_images(job, [item for item in items if item.split == "train"], listen)
+    check_stated(job, items)
+    if unused := unused_names(items, job.labels.names):
+        listen(Noted(unused))
     context, result = _tile(job, items, listen)
     identities = {ended.slide_id: ended.identity for ended in result.ended}
     label = labelled_images if job.whole else _labelled
