@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from sklearn.cluster import KMeans
 
+from slideflow_ray.cli import main
 from slideflow_ray.cohort import read_cohort
 from slideflow_ray.phantoms.tem import CLASSES, MICROSCOPES, draw_micrograph, geojson, write_tem_cohort
 
@@ -100,3 +101,10 @@ def test_the_cohort_splits_patients_and_states_its_truth(tmp_path):
     with tifffile.TiffFile(tmp_path / "tem-001-00.tif") as file:
         assert file.pages[0].shape == (80, 96)
         assert file.pages[0].get_resolution("micrometer")[0] == pytest.approx(1 / 0.020)
+
+
+def test_the_command_writes_them(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        main(["phantoms", str(tmp_path), "--kind", "tem", "--patients", "3"])
+    assert not ended.value.code
+    assert {item.modality for item in read_cohort(tmp_path / "cohort.csv")} == {"tem"}

@@ -22,6 +22,7 @@ class PhantomKind(StrEnum):
     tumour = "tumour"
     kidney = "kidney"
     glomeruli = "glomeruli"
+    tem = "tem"
 
 
 class ScannerName(StrEnum):
@@ -36,10 +37,11 @@ class ScannerName(StrEnum):
 def phantoms(
     folder: Annotated[Path, typer.Argument(help="Where to write slides, annotations and cohort.csv.")],
     kind: Annotated[
-        PhantomKind, typer.Option(help="H&E slides with tumour, HE and PAS slides of kidney, or crops of glomeruli.")
+        PhantomKind,
+        typer.Option(help="H&E slides with tumour, HE and PAS slides of kidney, crops of glomeruli, or micrographs."),
     ] = PhantomKind.tumour,
     slides: Annotated[int, typer.Option(min=3, help="Of tumour.")] = 12,
-    patients: Annotated[int, typer.Option(min=3, help="Of kidney and glomeruli.")] = 10,
+    patients: Annotated[int, typer.Option(min=3, help="Of kidney, glomeruli and tem.")] = 10,
     scanner: Annotated[ScannerName, typer.Option(help="Of kidney and glomeruli.")] = ScannerName.A,
     kinds: Annotated[
         str | None, typer.Option(help="Of kidney and glomeruli, by turns: Normal,FSG+CGN,GS; default: the four alone.")
@@ -47,7 +49,7 @@ def phantoms(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Write a cohort of generated images with their truth; print where its cohort.csv is."""
-    from slideflow_ray.phantoms import write_cohort, write_glomeruli, write_kidney_cohort
+    from slideflow_ray.phantoms import write_cohort, write_glomeruli, write_kidney_cohort, write_tem_cohort
     from slideflow_ray.phantoms.glomerulus import KINDS
 
     shown = KINDS if kinds is None else tuple(name.strip() for name in kinds.split(","))
@@ -57,6 +59,8 @@ def phantoms(
         path = write_glomeruli(folder, patients=patients, scanner=scanner.value, kinds=shown, seed=seed)
     elif kinds is not None:
         raise ConfigError("--kinds needs --kind kidney or glomeruli.")
+    elif kind == PhantomKind.tem:
+        path = write_tem_cohort(folder, patients=patients, seed=seed)
     else:
         path = write_cohort(folder, slides=slides, seed=seed)
     typer.echo(path)
