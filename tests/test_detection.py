@@ -17,6 +17,7 @@ from slideflow_ray.accounting import read_run as read_record
 from slideflow_ray.annotations import Region, labels_of_objects
 from slideflow_ray.cascade import Cascade, Judge, cascades
 from slideflow_ray.cases import read_run
+from slideflow_ray.cohort import read_cohort
 from slideflow_ray.detection import detect, match, overlaps, truths
 from slideflow_ray.errors import AnnotationError
 from slideflow_ray.evaluate import evaluate
@@ -385,8 +386,11 @@ def test_a_segmentation_that_finds_nothing_is_said_first_and_buries_no_note(tmp_
     slides = {
         f"{split}{i}": ([], {"split": split, "patient_id": f"{split}{i}"}) for split in ("val", "test") for i in (0, 1)
     }
-    made = run_cascade(tmp_path, write_cohort(tmp_path, slides, dict.fromkeys(slides, drawn)), "kind")
-    found = evaluate(made, resamples=10)
+    cohort = write_cohort(tmp_path, slides, dict.fromkeys(slides, drawn))
+    for item in read_cohort(cohort):
+        with Path(item.uri).open("ab") as file:  # else all would be one file, in several splits
+            file.write(item.slide_id.encode())
+    found = evaluate(run_cascade(tmp_path, cohort, "kind"), resamples=10)
     assert found.notes[0] == "discs found no objects on any of 4 slides."
     assert not any(note.startswith("kind") for note in found.notes)
     assert [(d.annotated, d.found) for d in found.detections] == [(6, 0), (6, 0)]
