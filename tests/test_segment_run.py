@@ -271,6 +271,7 @@ def stores_digest(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
+@pytest.mark.soak  # test_mixed.py has more models, of several modalities
 def test_three_models_on_two_pretended_gpus_overlap_and_give_the_same_bytes(made, reference, tmp_path, local_ray):
     events = []
     out = tmp_path / "out"
@@ -364,7 +365,7 @@ def test_evaluate_and_report_take_a_run_with_a_segmentation(made, reference, cap
         ([{"path": "tiles", "on": "objects"}], 'on = "objects" is unknown'),
         ([{"path": "tiles", "margin": 0.2}], "margin belongs to"),
         (["discs", {"path": "fixed", "on": "objects:discs", "margin": 0.2}], "`margin` means nothing"),
-        ([{"path": "tiles", "objects": {"split": True}}], "`objects` means nothing"),
+        ([{"path": "tiles", "objects": {"split": True}}], "`objects` and `thickness` mean nothing"),
         ([{"path": "tiles", "where": {"modality": "HE"}}], "where names modality 'HE'"),
     ],
 )
