@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -153,9 +154,15 @@ def test_after_a_kill_the_bytes_are_the_same(made, reference, tmp_path):
     assert tree_digest(tmp_path / "out") == tree_digest(reference[0])
 
 
+def command_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):  # the one that was killed before may be gone, or a zombie
+        return " ".join(process.cmdline())
+    return ""
+
+
 def kill_one(name: str) -> int:
     """Kill an actor process of this test's own Ray by the name of its class; return its id, 0 where there is none."""
-    own = [p for p in psutil.Process().children(recursive=True) if f"ray::{name}" in " ".join(p.cmdline() or ())]
+    own = [p for p in psutil.Process().children(recursive=True) if f"ray::{name}" in command_of(p)]
     if own:
         os.kill(own[-1].pid, signal.SIGKILL)
     return own[-1].pid if own else 0
@@ -166,8 +173,8 @@ def kill_one(name: str) -> int:
     ("victim", "at"),
     [
         ("GpuScorer", (1,)),
-        pytest.param("GpuScorer", (0, 3, 6), marks=pytest.mark.soak),
-        pytest.param("RemoteReader", (0, 2, 5), marks=pytest.mark.soak),
+        pytest.param("GpuScorer", (0, 4), marks=pytest.mark.soak),  # a third may hit one task alone for the second
+        pytest.param("RemoteReader", (0, 4), marks=pytest.mark.soak),  # time, and its slide is quarantined
     ],
 )
 def test_after_kills_under_ray_the_bytes_are_those_of_inline(victim, at, made, reference, tmp_path, local_ray):
