@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from walked import toml
+
 from slideflow_ray.tables import read_table
 
 KINDS = ["Normal", "MsPGN", "FSG", "CGN"]
@@ -20,23 +22,6 @@ def only(cohort: Path, *splits: str) -> Path:
     path = cohort.with_name(f"{'_'.join(splits)}.csv")
     path.write_text("\n".join([head, *(row for row in rows if row.split(",")[place] in splits)]) + "\n")
     return path
-
-
-def toml(values: Mapping[str, Any]) -> str:
-    """Settings as TOML; tables within tables are inline, lists of tables are arrays of tables."""
-    lines = []
-    for key, value in values.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += [f"[[{key}]]\n" + "".join(f"{k} = {_inline(v)}\n" for k, v in one.items()) for one in value]
-        else:
-            lines.append(f"{key} = {_inline(value)}\n")
-    return "".join(lines)
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} = {_inline(one)}" for key, one in value.items()) + "}"
-    return json.dumps(value)
 
 
 def write_segmentation(folder: Path, cohort: Path, tile: Mapping[str, Any], **fit: Any) -> Path:

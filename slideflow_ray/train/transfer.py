@@ -16,7 +16,6 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +31,7 @@ from slideflow_ray.events import Listener, Noted, silent
 from slideflow_ray.models.bundle import NOT_SCORED, WEIGHTS, BundleCard
 from slideflow_ray.models.networks import build
 from slideflow_ray.prepare import to_input
+from slideflow_ray.processes import context
 from slideflow_ray.specs import Spec, digest
 from slideflow_ray.train.job import Data, card_of, prepare, train
 from slideflow_ray.train.loop import fit
@@ -331,7 +331,7 @@ def _worked_off(work: Sequence[_Work], at_once: int, listen: Listener) -> list[C
         for one in todo:
             listen(Noted(_said(_train(one))))
     else:
-        with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(at_once, mp_context=context()) as pool:
             for done in as_completed([pool.submit(_train, one) for one in todo]):
                 listen(Noted(_said(done.result())))
     return [Cell(**(storage.read_json(path) or {})) for path in paths]

@@ -9,10 +9,6 @@ accept/008-glomeruli.json.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +18,13 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from walked import cli, note, stage
 
 from slideflow_ray.cohort import Item, read_cohort
 from slideflow_ray.phantoms import write_glomeruli, write_kidney_cohort
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FIGURES = ROOT / "accept" / "008-glomeruli.json"
+FIGURES = "008-glomeruli.json"
 MILLIONS = {"se-resnet": 17.385, "torchvision:resnet50": 23.52, "torchvision:vgg16": 134.28}
 MILLIONS["torchvision:inception_v3"] = 21.79
 """METHODS of 001, for four classes."""
@@ -35,24 +32,6 @@ SEED = 8
 """Of the slides: not one on which the normaliser was mended (6) or the classifier found too weak (7)."""
 PATIENTS, CROPS = 55, 48
 """Patients with crops, and crops of each: 2,640, where source 001 had 2,658."""
-
-
-def note(name: str, figures: dict) -> None:
-    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    FIGURES.parent.mkdir(exist_ok=True)
-    FIGURES.write_text(json.dumps(known | {name: figures}, indent=1) + "\n")
-
-
-def stage(folder: Path, *command: str) -> tuple[str, float]:
-    """Run one command in `folder`; return what it says and the seconds it took."""
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, round(time.perf_counter() - began, 1)
-
-
-def cli(folder: Path, *command: str) -> tuple[str, float]:
-    return stage(folder, "-m", "slideflow_ray.cli", *command)
 
 
 # colour alone
@@ -88,7 +67,7 @@ def test_colour_alone_stays_at_or_below_a_half(scanner, tmp_path, crops):
     cohort = crops if scanner == "A" else write_glomeruli(tmp_path, patients=PATIENTS, per_patient=CROPS, scanner="B")
     items = read_cohort(cohort)
     found = colour_alone(items)
-    note(f"colour alone, scanner {scanner}", {"accuracy": found, "crops": len(items)})
+    note(FIGURES, f"colour alone, scanner {scanner}", {"accuracy": found, "crops": len(items)})
     assert max(found.values()) <= 0.5, found
 
 
@@ -156,7 +135,7 @@ def test_glomeruli_of_unseen_patients_are_found_told_apart_and_counted(scanner, 
     confusion = {one["name"]: one["counts"] for one in found["called"]}
     more = {"accuracy": accuracies, "confusion": confusion, "counts": rows, "counts off by at most": off}
     times = {"seconds of training": trained, "seconds of the run": seconds}
-    note(f"slides of test, scanner {scanner}", told | more | times)
+    note(FIGURES, f"slides of test, scanner {scanner}", told | more | times)
     assert found["f1"] >= 0.95
     assert off <= 1
     assert {level for level, *_ in rows} == {"slide", "section", "patient"}
@@ -177,5 +156,5 @@ def test_the_four_networks_of_the_source_side_by_side(tmp_path):
     table = lines[head : head + 1 + len(MILLIONS)]
     millions = {line.split()[1]: float(line.split()[2]) for line in table[1:]}
     remark = "One epoch on 48 crops: the accuracies mean nothing, the parameters and sizes do."
-    note("Table 1 of source 001", {"table": table, "remark": remark, "seconds": seconds})
+    note(FIGURES, "Table 1 of source 001", {"table": table, "remark": remark, "seconds": seconds})
     assert millions == {name: pytest.approx(value, abs=0.006) for name, value in MILLIONS.items()}

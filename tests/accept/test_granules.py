@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from walked import cli, note, stage
 
 from slideflow_ray.phantoms.tem import write_tem_cohort
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FIGURES = ROOT / "accept" / "009-granules.json"
+FIGURES = "009-granules.json"
 SIDE, NEAR_PX = 128, 8
 NET = "torchvision:resnet18"
 TOML = f"""cohort = "{{cohort}}"
@@ -44,24 +42,6 @@ augment = {{saturation = 0, hue = 0}}
 [fit.machine]
 judged = "val"
 """
-
-
-def note(name: str, figures: dict) -> None:
-    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    FIGURES.parent.mkdir(exist_ok=True)
-    FIGURES.write_text(json.dumps(known | {name: figures}, indent=1) + "\n")
-
-
-def stage(folder: Path, *command: str) -> tuple[str, float]:
-    """Run one command in `folder`; return what it says and the seconds it took."""
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, round(time.perf_counter() - began, 1)
-
-
-def cli(folder: Path, *command: str) -> tuple[str, float]:
-    return stage(folder, "-m", "slideflow_ray.cli", *command)
 
 
 def write(folder: Path, name: str, cohort: Path, architecture: str, more: str) -> Path:
@@ -119,7 +99,7 @@ def test_granules_of_unseen_patients_are_told(trained, compared):
         | {"auc gain 95 %": p["intervals"]["auc"]}
         for p in found["pairs"]
     ]
-    note("test", {"models": figures, "pairs": pairs, "seconds": found["seconds"]})
+    note(FIGURES, "test", {"models": figures, "pairs": pairs, "seconds": found["seconds"]})
     assert figures["C"]["test"]["auc"] >= 0.95
 
 
@@ -152,7 +132,7 @@ def test_maps_are_hot_at_granules(trained, compared, cohort):
         said, _ = cli(run.parent, "explain", "run", "--model", bundles[name].name, *items, *more, *window, "--json")
         told = json.loads(said)
         found[name] = hits(Path(run.parent / told["index"]).parent, told["maps"], cohort)
-    note("maps", found)
+    note(FIGURES, "maps", found)
     looked, hidden = found["A"]["grad-cam layer3"], found["B on A"]["occlusion"]
     assert looked["at a granule"] > 3 * looked["by chance"]
     assert hidden["at a granule"] > hidden["by chance"]
@@ -163,5 +143,5 @@ def test_folds_by_patient_side_by_side(cohort, tmp_path):
     path = write(tmp_path, "folds", cohort, "two-models", A)
     said, seconds = stage(tmp_path, str(ROOT / "jobs" / "granules.py"), str(path), "--folds", "3", "--seeds", "1")
     found = json.loads((tmp_path / "folds" / "repeated.json").read_text())
-    note("three folds", {"table": said.splitlines(), "rules": found["rules"], "seconds": seconds})
+    note(FIGURES, "three folds", {"table": said.splitlines(), "rules": found["rules"], "seconds": seconds})
     assert found["figures"]["C"]["auc"]["mean"] >= 0.95

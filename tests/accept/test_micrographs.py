@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageDraw
 from segmenters import write_colours
 from test_segment import MEAN, STD, card, laid_out, network
+from walked import note
 
 from slideflow_ray.cohort import single_slide
 from slideflow_ray.models.bundle import write_bundle
@@ -34,15 +35,9 @@ from slideflow_ray.slides import open_slide
 from slideflow_ray.specs import ComputeSpec, RunSpec
 from slideflow_ray.store import SlideStore, tree_digest
 
-FIGURES = Path(__file__).resolve().parent.parent.parent / "accept" / "009-micrographs.json"
+FIGURES = "009-micrographs.json"
 SIDE = 20_000
 GB = 1e9
-
-
-def note(name: str, figures: dict) -> None:
-    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    FIGURES.parent.mkdir(exist_ok=True)
-    FIGURES.write_text(json.dumps(known | {name: figures}, indent=1) + "\n")
 
 
 def burnt(grey: np.ndarray, first: int) -> np.ndarray:
@@ -89,7 +84,7 @@ def test_a_micrograph_in_tiles_is_one_piece(tmp_path):
             there = logits[:, row : row + of.core_px, col : col + of.core_px]
             worst = max(worst, float(np.abs(core - there).max()))
     differ = int((plane[:bottom] != logits.argmax(0)[:bottom, :2048]).sum())
-    note("tiles against one piece, 2,048 x 2,048", {"worst logit": worst, "pixels that differ": differ})
+    note(FIGURES, "tiles against one piece, 2,048 x 2,048", {"worst logit": worst, "pixels that differ": differ})
     assert bottom <= 1900
     assert (plane[bottom:] == 255).all()
     assert worst <= 1e-4
@@ -181,7 +176,7 @@ def test_a_montage_of_20_000_pixels_a_side_in_under_4_gb_and_the_same_bytes(mont
         (path,) = [p for p in (store.root / "planes").glob("*/*") if p.is_dir()]
         areas = store.node_attrs(str(path.relative_to(store.root)))["area_um2"]
         about = {"peak_gb": peak, "seconds": seconds, "area_um2": areas, **store.attrs["micrograph"]}
-        note(f"montage of 20,000 x 20,000, {name}", about)
+        note(FIGURES, f"montage of 20,000 x 20,000, {name}", about)
         assert 18_000 < about["keep_px0"][3] <= 19_000
         assert about["bar_px"] == pytest.approx(4001, abs=10)
         assert areas["cyan"] > 0
@@ -191,9 +186,13 @@ def test_a_montage_of_20_000_pixels_a_side_in_under_4_gb_and_the_same_bytes(mont
             shutil.rmtree(montage / name)
     for to in ("geojson", "ome-zarr"):
         seconds, peak = cli(montage, "export", "one", "--to", to)
-        note(f"montage of 20,000 x 20,000, export to {to}", {"peak_gb": peak, "seconds": seconds})
+        note(FIGURES, f"montage of 20,000 x 20,000, export to {to}", {"peak_gb": peak, "seconds": seconds})
         assert peak < 4
     (path,) = (montage / "one" / "geojson").rglob("m*.geojson")
     shapes = [shapely.geometry.shape(f["geometry"]) for f in json.loads(path.read_text())["features"]]
-    note("montage of 20,000 x 20,000, objects", {"objects": len(shapes), "geojson_mb": path.stat().st_size / 1e6})
+    note(
+        FIGURES,
+        "montage of 20,000 x 20,000, objects",
+        {"objects": len(shapes), "geojson_mb": path.stat().st_size / 1e6},
+    )
     assert shapes

@@ -5,13 +5,13 @@ Not part of the tests; `make accept` runs it, and writes its figures to accept/0
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from colour import aucs, features
+from walked import note
 
 from slideflow_ray.accounting import read_run
 from slideflow_ray.annotations import slide_labels
@@ -25,13 +25,7 @@ from slideflow_ray.store import SlideStore
 from slideflow_ray.train.job import TrainJob, train
 
 CLASSES = ("normal", "tumor")
-FIGURES = Path(__file__).resolve().parent.parent.parent / "accept" / "005-phantoms.json"
-
-
-def note(seed: int, figures: dict) -> None:
-    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    FIGURES.parent.mkdir(exist_ok=True)
-    FIGURES.write_text(json.dumps(known | {f"seed {seed}": figures}, indent=1) + "\n")
+FIGURES = "005-phantoms.json"
 
 
 def tiles(out: Path, items: list[Item]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
-import time
 from itertools import permutations
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 from sklearn.cluster import KMeans
+from walked import cli, note, stage, toml
 
 from slideflow_ray.cohort import read_cohort
 from slideflow_ray.phantoms.files import write_csv
@@ -26,42 +24,11 @@ from slideflow_ray.phantoms.tem import CLASSES, MICROSCOPES, draw_micrograph, wr
 from slideflow_ray.tables import read_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FIGURES = ROOT / "accept" / "009-ultrastructure.json"
+FIGURES = "009-ultrastructure.json"
 NM = 16.0
 LIGHT = {"brightness": 0.15, "contrast": 0.15, "saturation": 0, "hue": 0, "noise": 0.01}
 WALL = {"of": "membrane", "between": ["endothelium", "podocyte"]}
 GOALS = {"membrane": 0.90, "endothelium": 0.80, "podocyte": 0.80}
-
-
-def note(name: str, figures: dict) -> None:
-    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    FIGURES.parent.mkdir(exist_ok=True)
-    FIGURES.write_text(json.dumps(known | {name: figures}, indent=1) + "\n")
-
-
-def stage(folder: Path, *command: str) -> tuple[str, float]:
-    """Run one command in `folder`; return what it says and the seconds it took."""
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, round(time.perf_counter() - began, 1)
-
-
-def cli(folder: Path, *command: str) -> tuple[str, float]:
-    return stage(folder, "-m", "slideflow_ray.cli", *command)
-
-
-def toml(values: dict) -> str:
-    """Settings as TOML, tables inline."""
-
-    def said(value: object) -> str:
-        if isinstance(value, dict):
-            return "{" + ", ".join(f"{key} = {said(v)}" for key, v in value.items()) + "}"
-        if isinstance(value, list):
-            return "[" + ", ".join(said(v) for v in value) + "]"
-        return json.dumps(value)
-
-    return "".join(f"{key} = {said(value)}\n" for key, value in values.items())
 
 
 # all labels
@@ -109,7 +76,7 @@ def test_walls_of_unseen_patients_are_segmented_and_their_membranes_measured(mic
     measures = ("dice", "iou", "hd95_nm", "assd_nm", "boundary_f")
     figures = {name: {m: {k: o[m][k] for k in keys} for m in measures} for name, o in test.items()}
     thickness = thickness_errors(folder)
-    note("walls of test", {"classes": figures, "thickness": thickness, "training_s": trained, "run_s": ran})
+    note(FIGURES, "walls of test", {"classes": figures, "thickness": thickness, "training_s": trained, "run_s": ran})
     for name, goal in GOALS.items():
         assert test[name]["dice"]["mean"] >= goal, figures[name]["dice"]
     assert abs(thickness["mean_error_percent"]) <= 5
@@ -174,7 +141,11 @@ def test_grey_values_alone_stay_at_or_below_0_6(clusters):
     labels = {id(mask): rank[means.predict(values(pixels))].reshape(mask.shape) for pixels, mask in [*train, *test]}
     best = max(assignments(clusters, train, labels), key=lambda a: score(a, train, labels))
     found = np.nanmean([dice(np.array(best)[labels[id(mask)]], mask) for _, mask in test], axis=0)
-    note(f"grey values alone, {clusters} clusters", {"dice": dict(zip(CLASSES[1:], found.tolist(), strict=True))})
+    note(
+        FIGURES,
+        f"grey values alone, {clusters} clusters",
+        {"dice": dict(zip(CLASSES[1:], found.tolist(), strict=True))},
+    )
     assert found.mean() <= 0.6, found
 
 
@@ -206,8 +177,8 @@ METHODS = ["random", "usregcon", "simclr", "pixcontrast", "detcon"]
 UNLABELLED = 210
 """Micrographs of 512 px of other patients; the 2,016 tiles of train are pre-trained on. 96 images have labels.
 
-The source's lab had 60 unlabelled images for each labelled one. On the 96 alone, in 72 to 150 steps, pre-training gave
-nothing: -0.07 on five seeds, with cells of 200 steps, in which endothelium is found or not by chance.
+The source's lab had 60 unlabelled images for each labelled one. After 150 steps on 200 images pre-training
+gave nothing: -0.07 on five seeds, by a script, with cells of 200 steps, in which endothelium is found or not by chance.
 """
 
 
@@ -232,7 +203,7 @@ def test_the_table_of_source_002_at_128_px(tmp_path):
     found = json.loads((tmp_path / "table" / "transfer.json").read_text())
     text = (tmp_path / "table" / "transfer.txt").read_text().splitlines()
     how = {"fit": fit, "pretrain": told["pretrain"], "unlabelled micrographs of 512 px": UNLABELLED}
-    note("table of source 002", {"text": text, "gains": found["gains"], "seconds": seconds, **how})
+    note(FIGURES, "table of source 002", {"text": text, "gains": found["gains"], "seconds": seconds, **how})
     assert len(found["cells"]) == len(METHODS) * len(SHARES) * SEEDS
     (gain,) = [g for g in found["gains"] if (g["method"], g["share"]) == ("usregcon", 5)]
     assert len(gain["each"]) == SEEDS
