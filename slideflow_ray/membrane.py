@@ -22,6 +22,10 @@ Floats = npt.NDArray[np.float64]
 JENSEN = 8 / (3 * math.pi)
 """Of the harmonic mean of apparent thickness, for membranes cut at all angles alike."""
 
+HOLE_UM2 = 0.15**2
+"""Area below which a hole in a membrane is filled: gaps in a mask are smaller, and the least that a wall closes around
+when it comes back to itself, the lumen of a capillary or a fold of it, is larger."""
+
 
 @dataclass(frozen=True)
 class Thickness:
@@ -43,19 +47,19 @@ class Thickness:
     @property
     def mean_nm(self) -> float:
         """Arithmetic mean, NaN where nothing was measured."""
-        return float(np.average(self.nm, weights=self.weight_um)) if len(self.nm) else math.nan
+        return float(np.average(self.nm, weights=self.weight_um)) if self.length_um else math.nan
 
     @property
     def sd_nm(self) -> float:
         """Standard deviation along the length."""
-        if not len(self.nm):
+        if not self.length_um:
             return math.nan
         return math.sqrt(float(np.average((self.nm - self.mean_nm) ** 2, weights=self.weight_um)))
 
     @property
     def harmonic_nm(self) -> float:
         """Harmonic mean."""
-        return float(self.length_um / (self.weight_um / self.nm).sum()) if len(self.nm) else math.nan
+        return float(self.length_um / (self.weight_um / self.nm).sum()) if self.length_um else math.nan
 
     @property
     def corrected_nm(self) -> float:
@@ -64,7 +68,7 @@ class Thickness:
 
     def percentiles_nm(self, percents: tuple[float, ...] = (5, 25, 50, 75, 95)) -> tuple[float, ...]:
         """Return percentiles of the thickness by length."""
-        if not len(self.nm):
+        if not self.length_um:
             return (math.nan,) * len(percents)
         order = np.argsort(self.nm)
         share = np.cumsum(self.weight_um[order]) - self.weight_um[order] / 2
@@ -78,13 +82,17 @@ def thickness(
     sides: tuple[Bools, Bools] | None = None,
     least_um: float = 0.3,
     reach_nm: float = 150.0,
+    known: Bools | None = None,
 ) -> Thickness:
     """Measure a membrane along its middle line.
 
-    membrane : bool, shape (h, w); holes and grains in it are filled
-    sides : masks of endothelium and podocytes, bool (h, w) each: only where there is endothelium within `reach_nm` of
-        one edge, or podocyte within it of the other, is the membrane that of a capillary's wall; None measures all
+    membrane : bool, shape (h, w); holes in it are filled, if they are smaller than HOLE_UM2. A wall that closes around
+        a larger one is measured along all of its way
+    sides : masks of endothelium and podocytes, bool (h, w) each: only with one of them on either side is the membrane
+        that of a capillary's wall (see `_between`); None measures all
+    reach_nm : how far a cell may be from the membrane's edge
     least_um : pieces of middle line shorter than this are left out
+    known : bool (h, w), False where nothing is known of a pixel: no edge of the membrane is there, but one of the image
 
     Not measured: ends, branches, and what is nearer to the image's edge than half the thickness, where the cut
     membrane shows less than its width. Raises ConfigError.
@@ -93,14 +101,15 @@ def thickness(
         raise ConfigError(f"A mask has rows and columns and a scale, got {membrane.shape} at {nm_per_px} nm per pixel.")
     from skimage.morphology import skeletonize
 
-    filled = ndimage.binary_fill_holes(membrane)
-    if not filled.any():
+    known = np.ones(membrane.shape, np.bool_) if known is None else known
+    filled = _filled(membrane & known, known, HOLE_UM2 * (1000 / nm_per_px) ** 2)
+    if not filled.any() or (filled | ~known).all():  # without an edge there is no thickness
         return _nothing()
-    depth = _depth(filled)
+    depth = _depth(filled | ~known)
     line: Bools = skeletonize(filled)  # type: ignore[no-untyped-call]
-    middle = _pruned(line, depth) & _away_from_rim(depth)
+    middle = _pruned(line, depth) & _away_from_rim(depth, known)
     if sides is not None:
-        middle &= _between(filled, depth, sides, reach_nm / nm_per_px)
+        middle = _between(middle, depth, sides, reach_nm / nm_per_px)
     middle = _long(middle, least_um * 1000 / nm_per_px)
     rows, cols = np.nonzero(middle)
     ridge = ndimage.maximum_filter(depth, 3)[rows, cols]  # the line lies within a pixel of the ridge
@@ -109,6 +118,17 @@ def thickness(
         weight_um=_lengths(middle)[rows, cols] * nm_per_px / 1000,
         xy_px=np.column_stack([cols + 0.5, rows + 0.5]).astype(np.float64),
     )
+
+
+def _filled(membrane: Bools, known: Bools, below_px: float) -> Bools:
+    """Fill holes of fewer than so many pixels; what reaches the rim, or what is not known, is no hole."""
+    parts, n = ndimage.label(~membrane)
+    size = np.bincount(parts.ravel(), minlength=n + 1)
+    small = size < below_px
+    small[[0, *parts[0], *parts[-1], *parts[:, 0], *parts[:, -1]]] = False
+    small[np.unique(parts[~known])] = False
+    found: Bools = membrane | small[parts]
+    return found
 
 
 def _depth(mask: Bools) -> Floats:
@@ -131,7 +151,7 @@ NEIGHBOURS = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]])
 
 
 def _pruned(line: Bools, depth: Floats) -> Bools:
-    """Cut branches off: places with three neighbours, and what lies within half the thickness of ends and of these.
+    """Cut branches off, and what lies within half the thickness of ends and of places where lines meet.
 
     What is left are stretches with an edge on either side. An end in view is where the mask ends, not the membrane.
     """
@@ -146,7 +166,21 @@ def _pruned(line: Bools, depth: Floats) -> Bools:
     keep &= ~np.isin(pieces, np.flatnonzero(spur) + 1)
     keep |= forks & (ndimage.convolve(keep.astype(np.int64), NEIGHBOURS, mode="constant") >= 1)
     count = ndimage.convolve(keep.astype(np.int64), NEIGHBOURS, mode="constant")
-    return keep & ~_near(keep & (count == 1), depth) & ~_near(keep & (count > 3), depth)
+    meet = _ways(keep) > 2
+    return keep & ~_near(keep & (count == 1), depth) & ~_near(meet, depth)
+
+
+ROUND = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
+
+
+def _ways(line: Bools) -> npt.NDArray[np.int64]:
+    """Return how many ways lead away from each pixel of a line: neighbours that touch each other are one."""
+    wide = np.pad(line, 1)
+    rows, cols = np.nonzero(wide)
+    around = np.array([wide[rows + y, cols + x] for y, x in ROUND])
+    found = np.zeros(wide.shape, np.int64)
+    found[rows, cols] = (around & ~np.roll(around, 1, 0)).sum(0)
+    return found[1:-1, 1:-1]
 
 
 def _near(marks: Bools, depth: Floats) -> Bools:
@@ -161,19 +195,40 @@ def _near(marks: Bools, depth: Floats) -> Bools:
     return near
 
 
-def _away_from_rim(depth: Floats) -> Bools:
-    h, w = depth.shape
-    y, x = np.ogrid[:h, :w]
-    rim = np.minimum(np.minimum(y, h - 1 - y), np.minimum(x, w - 1 - x)) + 0.5
-    away: Bools = rim > depth
+def _away_from_rim(depth: Floats, known: Bools) -> Bools:
+    """Return what is farther from the rim than from its edge, by a pixel: the middle of a cut band is as far from both.
+
+    The rim lies half a pixel before the middle of the first pixel that is not known, or not there.
+    """
+    rim = ndimage.distance_transform_edt(np.pad(known, 1))[1:-1, 1:-1] - 0.5
+    away: Bools = rim > depth + 1
     return away
 
 
-def _between(membrane: Bools, depth: Floats, sides: tuple[Bools, Bools], reach_px: float) -> Bools:
-    """Return where one cell or the other lies within reach of the edge."""
-    far = [ndimage.distance_transform_edt(~side) if side.any() else np.full(depth.shape, np.inf) for side in sides]
-    found: Bools = membrane & ((far[0] - depth < reach_px) | (far[1] - depth < reach_px))
+def _between(line: Bools, depth: Floats, sides: tuple[Bools, Bools], reach_px: float) -> Bools:
+    """Return where both cells lie within reach, one on one side of the line and one on the other.
+
+    A cell is within reach whose nearest pixel is no more than half the thickness and the reach away, in any direction:
+    with 300 nm and 150 nm it may be missing from 500 nm of the edge, so fenestrae and slits tear no holes. The sides
+    are opposite where the ways to both make more than a right angle; so what is bare on both sides at once counts for
+    as far as it is thick.
+    """
+    if not all(side.any() for side in sides):
+        return np.zeros_like(line)
+    places = np.argwhere(line)
+    one, other = (_ways_to(side, places) for side in sides)
+    most = depth[line] + reach_px
+    close = [np.hypot(*way.T) < most for way in (one, other)]
+    found = np.zeros_like(line)
+    found[line] = close[0] & close[1] & ((one * other).sum(1) < 0)
     return found
+
+
+def _ways_to(side: Bools, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the way (rows, cols) from each place to the nearest pixel of a mask."""
+    nearest = ndimage.distance_transform_edt(~side, return_distances=False, return_indices=True)
+    ways: npt.NDArray[np.int64] = nearest[:, places[:, 0], places[:, 1]].T.astype(np.int64) - places
+    return ways
 
 
 def _long(line: Bools, least_px: float) -> Bools:
@@ -181,7 +236,8 @@ def _long(line: Bools, least_px: float) -> Bools:
     if not n:
         return line
     size = ndimage.sum_labels(_lengths(line), pieces, np.arange(1, n + 1))
-    found: Bools = np.isin(pieces, np.flatnonzero(np.atleast_1d(size) >= least_px) + 1)
+    size = np.atleast_1d(size)
+    found: Bools = np.isin(pieces, np.flatnonzero((size >= least_px) & (size > 0)) + 1)  # one pixel has no length
     return found
 
 

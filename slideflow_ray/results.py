@@ -372,8 +372,8 @@ class Evaluation:
     def summary(self) -> str:
         """Return it in lines for a terminal: each result on test, then the notes."""
         judged = [r.sentence for r in self.results if r.split == JUDGED]
-        judged += [line for d in self.detections if d.split == JUDGED for line in d.sentences]
         judged += [o.sentence for o in self.overlaps if o.split == JUDGED]
+        judged += [line for d in self.detections if d.split == JUDGED for line in d.sentences]
         return "\n".join([*judged, *self.notes]) or "Nothing was evaluated."
 
 

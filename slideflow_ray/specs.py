@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.texts import read_toml
@@ -119,15 +119,22 @@ class ObjectSpec(Spec):
 class ThicknessSpec(Spec):
     """Whose thickness is measured along its length, in a segmentation's plane.
 
-    of : the class; between : the classes on its two sides, in reach of which alone it is measured (within `reach_nm`
-    of its edge), as a basement membrane between endothelium and podocytes; everywhere, if empty. Pieces of its middle
-    line shorter than `least_um` are left out.
+    of : the class; between : the classes on its two sides, as a basement membrane lies between endothelium and
+    podocytes: it is measured only where one is within `reach_nm` of its edge and the other is so on the opposite side;
+    everywhere, if empty. Pieces of its middle line shorter than `least_um` are left out.
     """
 
     of: str
-    between: tuple[str, str] | tuple[()] = ()
+    between: tuple[str, ...] = ()
     least_um: Annotated[float, Field(ge=0)] = 0.3
     reach_nm: Positive = 150.0
+
+    @field_validator("between")
+    @classmethod
+    def _two_sides(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(names) not in (0, 2):
+            raise ValueError("between needs two classes, one for each side, or none")
+        return names
 
 
 class BoxSpec(Spec):

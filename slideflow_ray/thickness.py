@@ -8,16 +8,20 @@ import numpy as np
 
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.membrane import Thickness, thickness
-from slideflow_ray.specs import ThicknessSpec
+from slideflow_ray.planes import NOT_SCORED
+from slideflow_ray.specs import ThicknessSpec, digest
 from slideflow_ray.store import SlideStore
 
 MEASURED_PX = 2**25
 """Pixels of a plane up to which thickness is measured (5,792 x 5,792): it takes about 80 bytes each."""
 
+METHOD = 2
+"""Counted up when what is measured changes, so that what an earlier version measured is measured anew."""
+
 
 def thickness_node(grid: str, model: str, spec: ThicknessSpec) -> str:
     """Return the node of what is measured; how it is measured is in its name."""
-    return f"thickness/{grid}/{model}-{spec.digest()}"
+    return f"thickness/{grid}/{model}-{digest([METHOD, spec.digest()])}"
 
 
 def check_sides(spec: ThicknessSpec | None, classes: Sequence[str]) -> None:
@@ -25,6 +29,8 @@ def check_sides(spec: ThicknessSpec | None, classes: Sequence[str]) -> None:
     named = () if spec is None else (spec.of, *spec.between)
     if unknown := sorted(set(named) - set(classes)):
         raise ConfigError(f"thickness names {', '.join(unknown)}; the model has {', '.join(classes)}.")
+    if spec and spec.of == classes[0]:
+        raise ConfigError(f"thickness is asked of {spec.of}, the model's background.")
     if len(set(named)) < len(named):
         raise ConfigError(f"thickness names a class twice: {', '.join(named)}.")
 
@@ -35,7 +41,8 @@ def write_thickness(
     """Measure a committed plane, write ``thickness/<grid>/<model>-<digest>`` and commit it; nothing if it is there.
 
     nm : float64 (N,), thickness at each place; weight_um : float64 (N,), the length it stands for; xy_px0 : float64
-    (N, 2), where it is. All are empty where the plane is too large, and the attribute `too_large` says so.
+    (N, 2), where it is. Pixels that were not scored are as what lies beyond the image. All are empty where the plane
+    is too large, and the attribute `too_large` says so.
     """
     if spec is None or store.committed(node := thickness_node(grid, model, spec)):
         return
@@ -56,7 +63,7 @@ def write_thickness(
 def _measured(plane: np.ndarray, mpp: float, classes: Sequence[str], spec: ThicknessSpec) -> Thickness:
     one, *others = (plane == classes.index(name) for name in (spec.of, *spec.between))
     sides = (others[0], others[1]) if others else None
-    return thickness(one, 1000 * mpp, sides, spec.least_um, spec.reach_nm)
+    return thickness(one, 1000 * mpp, sides, spec.least_um, spec.reach_nm, plane != NOT_SCORED)
 
 
 def _nothing() -> Thickness:

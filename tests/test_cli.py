@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
@@ -26,6 +27,27 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     assert "HEAVY []" in done.stdout
     for name in ("run", "plan", "status", "verify", "evaluate", "report", "train", "cohort", "demo", "doctor"):
         assert f"\n  {name} " in done.stdout
+
+
+def test_what_the_library_takes_the_command_takes():
+    """Names in cli are written out, as importing the library would make every --help slow."""
+    from slideflow_ray import aggregate, explain, export, label_files, promote
+    from slideflow_ray.cli import answers, bundles, training
+    from slideflow_ray.models import mil
+    from slideflow_ray.train import pretext
+
+    pairs = {
+        answers.ExportName: export.To,
+        answers.KeysName: label_files.Keys,
+        answers.SlideScoreName: aggregate.SlideScore,
+        answers.DaskName: aggregate.Scheduler,
+        answers.MapName: explain.Method,
+        bundles.PromoteRule: promote.By,
+        training.MethodName: pretext.Method,
+        training.PoolingName: mil.Pooling,
+    }
+    for names, known in pairs.items():
+        assert {name.value for name in names} == set(get_args(known)), names
 
 
 @pytest.mark.parametrize(

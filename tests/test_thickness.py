@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from segmenters import CLASSES, COLOURS, write_colours
 
+from slideflow_ray import cli
 from slideflow_ray import thickness as thickness_module
 from slideflow_ray.accounting import read_run
 from slideflow_ray.biopsies import TABLE, measuring, places, read_slide
 from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
-from slideflow_ray.export import export
 from slideflow_ray.membrane import JENSEN, thickness
 from slideflow_ray.phantoms import halved, write_pyramid
 from slideflow_ray.phantoms.tem import draw_micrograph
 from slideflow_ray.report import write_report
 from slideflow_ray.run import run
-from slideflow_ray.specs import RunSpec
+from slideflow_ray.specs import RunSpec, ThicknessSpec
 from slideflow_ray.store import SlideStore, verify
 from slideflow_ray.tables import read_table
 from slideflow_ray.thickness import thickness_node, write_thickness
@@ -33,9 +33,9 @@ PATIENTS = {"a0": "A", "a1": "A", "b0": "B", "none": "C", "light": "A"}
 
 
 def write_painted(folder: Path, name: str, mask: np.ndarray) -> None:
-    """A micrograph as it was segmented: membrane cyan, cells magenta."""
+    """A micrograph as it was segmented: membrane cyan, endothelium magenta, all else on its other side."""
     pixels = np.full((*mask.shape, 3), 235, np.uint8)
-    pixels[mask == 1], pixels[mask > 1] = COLOURS["cyan"], COLOURS["magenta"]
+    pixels[mask == 1], pixels[mask == 2] = COLOURS["cyan"], COLOURS["magenta"]
     write_pyramid(folder / f"{name}.tif", halved(pixels, 1), NM / 1000)
 
 
@@ -68,7 +68,7 @@ def spec_of(folder: Path, how: dict | None, out: str = "out", **more) -> RunSpec
 
 
 def truth(mask: np.ndarray):
-    plane = np.where(mask == 1, 1, np.where(mask > 1, 2, 0))
+    plane = np.where(mask == 3, 0, mask)
     return thickness(plane == 1, NM, (plane == 2, plane == 0))
 
 
@@ -113,10 +113,10 @@ def test_the_places_are_in_the_store_and_lie_on_the_membrane(made):
 
 def test_it_goes_out_as_csv_and_into_the_report(made, tmp_path):
     _, out, masks = made
-    files = {
-        path.name: list(csv.DictReader(path.read_text().splitlines()))
-        for path in export(out, "thickness", folder=tmp_path).files
-    }
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(out), "--to", "thickness", "--folder", str(tmp_path)])
+    assert not ended.value.code
+    files = {p.name: list(csv.DictReader(p.read_text().splitlines())) for p in tmp_path.rglob("*.csv")}
     assert set(files) == {"thickness.csv", "places.csv"}
     wanted = truth(masks["a1"])
     mine = [float(r["thickness_nm"]) for r in files["places.csv"] if r["slide_id"] == "a1"]
@@ -146,6 +146,16 @@ def test_running_again_changes_nothing_and_other_settings_measure_anew(made):
     assert not (other / TABLE).exists()
 
 
+def test_a_membrane_that_the_strip_cuts_is_measured_where_it_is_whole():
+    y, x = np.mgrid[:260, :300]
+    plane = (np.abs(y - 130 - 0.1 * (x - 150)) < 15).astype(np.uint8)
+    plane[140:] = 255
+    spec = ThicknessSpec(of="cyan")
+    found = thickness_module._measured(plane, 0.01, CLASSES, spec)
+    np.testing.assert_array_equal(found.nm, thickness(plane[:140] == 1, 10.0).nm)
+    assert (len(found.nm) > 30, found.nm.min() > 280) == (True, True)
+
+
 def test_a_plane_that_is_too_large_is_said(made, monkeypatch):
     _, out, _ = made
     record = read_run(out)
@@ -161,8 +171,22 @@ def test_a_plane_that_is_too_large_is_said(made, monkeypatch):
     assert read_slide(out, item, outcome, by)[1] == ""
 
 
-@pytest.mark.parametrize("how", [{"of": "gbm"}, {"of": "cyan", "between": ["cyan", "other"]}])
+@pytest.mark.parametrize(
+    "how", [{"of": "gbm"}, {"of": "other"}, {"of": "cyan", "between": ["cyan", "other"]}], ids=["none", "back", "twice"]
+)
 def test_classes_that_are_none_are_refused(made, how):
     folder, _, _ = made
-    with pytest.raises(ConfigError, match="thickness names"):
+    with pytest.raises(ConfigError, match=r"thickness (names|is asked of other)"):
         run(spec_of(folder, how, "out3"))
+
+
+def test_one_side_alone_is_refused():
+    with pytest.raises(ConfigError, match="between needs two classes"):
+        ThicknessSpec.parse({"of": "membrane", "between": ["endothelium"]}, "run.toml")
+
+
+def test_what_an_earlier_method_measured_is_measured_anew(monkeypatch):
+    spec = ThicknessSpec.parse({"of": "membrane"}, "run.toml")
+    node = thickness_node("grid", "walls", spec)
+    monkeypatch.setattr(thickness_module, "METHOD", thickness_module.METHOD + 1)
+    assert thickness_node("grid", "walls", spec) != node

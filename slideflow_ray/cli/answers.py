@@ -90,6 +90,7 @@ class ExportName(StrEnum):
     crops = "crops"
     counts = "counts"
     labels = "labels"
+    thickness = "thickness"
 
 
 class KeysName(StrEnum):
@@ -102,7 +103,7 @@ class KeysName(StrEnum):
 @commands.command()
 def export(
     out: OutArgument,
-    to: Annotated[ExportName, typer.Option(help="QuPath's GeoJSON, tables, pictures, a JPEG for each object, labels.")],
+    to: Annotated[ExportName, typer.Option(help="QuPath's GeoJSON, tables, pictures, a JPEG for each object.")],
     slide: Annotated[list[str] | None, typer.Option(help="Only this slide_id; may be repeated.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Only this model's name; may be repeated.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where to; default: the run's own folder.")] = None,
