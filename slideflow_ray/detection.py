@@ -40,6 +40,9 @@ IOU = 0.5
 PART = 0.5
 """An annotation is part of a larger one when at least so much of its area lies inside."""
 
+BOX_PX0 = 4
+"""A rectangle of a side less than this many px0 is a grain of an outlined mask, not a box that someone drew."""
+
 NAMED = 10
 """Slides that a note names."""
 
@@ -77,9 +80,13 @@ def truths(regions: Sequence[Region], cascade: Cascade, names: Mapping[str, str]
             continue
         found, called = made
         for part in shapely.get_parts(region.geometry):
-            is_box = bool(part.equals(shapely.box(*part.bounds)))
-            drawn.append(Truth(part, found, called, is_box))
+            drawn.append(Truth(part, found, called, _is_box(part)))
     return _with_parts(_united(drawn)), others
+
+
+def _is_box(part: Any) -> bool:
+    left, top, right, bottom = part.bounds
+    return min(right - left, bottom - top) >= BOX_PX0 and bool(part.equals(shapely.box(left, top, right, bottom)))
 
 
 def _truth(

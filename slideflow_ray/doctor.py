@@ -7,7 +7,7 @@ import platform
 
 import psutil
 
-from slideflow_ray.errors import BadMpp, NoMpp
+from slideflow_ray.errors import BadMpp, ConfigError, NoMpp
 from slideflow_ray.slides import open_slide
 from slideflow_ray.slides.base import about_micrograph
 from slideflow_ray.specs import ComputeSpec
@@ -18,13 +18,17 @@ PACKAGES = ("ray", "torch", "torchvision", "tiffslide", "openslide-python", "zar
 def look(image: str, mpp: float | None = None) -> dict[str, str]:
     """Return what is found of a micrograph: size, scale, scale bar, the rows left out, the window. Raises SlideError.
 
-    Without a scale in the file or given it is looked at all the same, and what is missing is said.
+    Without a scale in the file or given it is looked at all the same, and what is missing is said. Raises ConfigError
+    for a given scale that no micrograph has.
     """
     missing = ""
     try:
         reader = open_slide(image, mpp=mpp, modality="tem")
     except (NoMpp, BadMpp) as error:
-        missing = f"{error.message} {error.step}"
+        if mpp is not None:
+            meant = f": {mpp:g} nm are {mpp / 1000:g}" if mpp > 0 else ", and above 0"
+            raise ConfigError(error.message, next_step=f"--mpp is in um{meant}.") from error
+        missing = f"{error.message} {error.step.replace(' and run with --retry', '')}"
         reader = open_slide(image, mpp=1.0, modality="tem")
     with reader:
         about = about_micrograph(reader).get("micrograph")

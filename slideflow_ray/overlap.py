@@ -1,7 +1,8 @@
 """Masks against annotated ones, slide by slide: Dice, IoU, and how far the boundaries lie from each other, by class.
 
 A slide counts where `detection` counts it: one of its annotations is of the segmentation, and all of that is taken to
-be annotated; what no polygon covers is none of its classes. Dice of a class is 2|P and G| / (|P| + |G|) of each
+be annotated; what no polygon covers is none of its classes. Of a micrograph the strip of scale bar and text is left
+out; what was not scored because it is off the tissue was not found. Dice of a class is 2|P and G| / (|P| + |G|) of each
 slide, then the mean over slides; slides where the class is neither found nor annotated are left out. Written beside
 the stores: overlap.json, and overlap (by slide and class) as Parquet.
 """
@@ -76,19 +77,29 @@ class Masks:
 # a slide
 
 
-def compare_planes(plane: Any, mpp: float, shapes: Mapping[str, tuple[int, Any]], px0: float) -> Mapping[str, Pair]:
+def compare_planes(
+    plane: Any,
+    mpp: float,
+    shapes: Mapping[str, tuple[int, Any]],
+    px0: float,
+    kept_px0: Sequence[float] = (0, 0, math.inf, math.inf),
+) -> Mapping[str, Pair]:
     """Return for each class how its pixels in a plane and the annotated ones agree.
 
     plane : uint8 (h, w), an array or what is sliced like one; `mpp` um and `px0` level-0 pixels to its pixel
     shapes : class -> (its value in the plane, what is annotated of it, in px0); where classes overlap the later wins
+    kept_px0 : x0, y0, x1, y1 of a micrograph's picture. Pixels whose centre lies outside, in the strip of scale bar and
+        text, are left out of plane and annotation alike, and the cut is no boundary; pixels in it that were not scored,
+        off the tissue, are not found.
     """
     values = [value for value, _ in shapes.values()]
+    top, bottom, left, right = _kept(plane.shape, px0, kept_px0)
     total = np.zeros((len(shapes), 3), np.int64)
     whole = plane.shape[0] * plane.shape[1] <= SURFACE_PX
     kept: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = []
-    for row in range(0, plane.shape[0], BAND):
-        found = np.asarray(plane[row : row + BAND])
-        truth = _drawn(shapes, (row, 0), (found.shape[0], found.shape[1]), px0)
+    for row in range(top, bottom, BAND):
+        found = np.asarray(plane[row : min(row + BAND, bottom)])[:, left:right]
+        truth = _drawn(shapes, (row, left), (found.shape[0], found.shape[1]), px0)
         kept += [(found, truth)] if whole else []
         for i, value in enumerate(values):
             one, other = found == value, truth == value
@@ -99,6 +110,14 @@ def compare_planes(plane: Any, mpp: float, shapes: Mapping[str, tuple[int, Any]]
         surfaces = [_surface(found == value, truth == value, 1000 * mpp) for value in values]
     rows = zip(shapes, total.tolist(), surfaces, strict=True)
     return {name: Pair(both, one, other, far) for name, (both, one, other), far in rows}
+
+
+def _kept(shape: Sequence[int], px0: float, kept_px0: Sequence[float]) -> tuple[int, int, int, int]:
+    """Return top, bottom, left, right of the pixels whose centre lies in a window; bottom and right are the next."""
+    x0, y0, x1, y1 = kept_px0
+    sides = ((y0, shape[0]), (y1, shape[0]), (x0, shape[1]), (x1, shape[1]))
+    top, bottom, left, right = (math.ceil(max(0.0, min(at / px0 - 0.5, length))) for at, length in sides)
+    return top, bottom, left, right
 
 
 def _drawn(
@@ -140,7 +159,8 @@ def read_masks(run: Run, item: Item, cascade: Cascade) -> Masks | None:
         name: (cascade.classes.index(name), shapely.union_all([one.shape for one in annotated if one.found == name]))
         for name in sorted(cascade.found, key=cascade.classes.index)
     }
-    pairs = compare_planes(plane, mpp, shapes, mpp / mpp0)
+    kept = store.attrs.get("micrograph", {}).get("keep_px0", (0, 0, math.inf, math.inf))
+    pairs = compare_planes(plane, mpp, shapes, mpp / mpp0, kept)
     return Masks(item, 1000 * mpp, pairs, plane.shape[0] * plane.shape[1] > SURFACE_PX)
 
 

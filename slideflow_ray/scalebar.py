@@ -17,6 +17,9 @@ BAND = 0.2
 DARK, BRIGHT = 12, 243
 """Burnt-in pixels are at the ends of the range; JPEG moves them by a few values."""
 
+STRAIGHT, LETTERED = 0.97, 0.003
+"""A label fills so much of its box, holes aside, and so much of the box is text (or a bar) of the other ink."""
+
 
 @dataclass(frozen=True)
 class Furniture:
@@ -40,8 +43,9 @@ def find_furniture(grey: Grey) -> Furniture:
     """Find scale bar, text and labels at the top and the bottom of a micrograph, uint8 (h, w).
 
     A bar is a filled rectangle at one end of the grey range, at least a twentieth as wide as the image and eight times
-    as wide as high. A label is a rectangle of white or black around its text. Rows from the innermost of them
-    to the edge are left out. Without any, all is kept.
+    as wide as high. A label is a rectangle of white or black, with straight edges, around text of the other: an
+    overexposed lumen is ragged, holds no black, or goes on towards the middle. Rows from the innermost of them to the
+    edge are left out. Without any, all is kept.
     """
     height, width = grey.shape
     depth = max(1, int(BAND * height))
@@ -65,7 +69,8 @@ def _in_band(band: Grey) -> tuple[Box | None, int | None]:
     height, width = band.shape
     bar: Box | None = None
     first: int | None = None
-    for mask in (band <= DARK, band >= BRIGHT):
+    dark, bright = band <= DARK, band >= BRIGHT
+    for mask, other in ((dark, bright), (bright, dark)):
         for box, _, solid in _rectangles(
             ndimage.binary_opening(mask, np.ones((3, 12), np.bool_))
         ):  # grains may cling to a bar
@@ -73,9 +78,9 @@ def _in_band(band: Grey) -> tuple[Box | None, int | None]:
             if solid >= 0.95 and 0.05 * width <= w < 0.9 * width and w >= 8 * h and h <= 0.12 * height:
                 bar = box if bar is None or w > bar[2] else bar
                 first = min(y, height if first is None else first)
-        for (_, y, w, h), filled, _ in _rectangles(mask):
-            label = h >= 0.05 * height and (0.05 * width <= w < 0.98 * width or y + h == height)
-            if label and filled >= 0.85:
+        for (x, y, w, h), filled, _ in _rectangles(mask):
+            label = h >= 0.05 * height and (0.05 * width <= w < 0.98 * width or y + h == height) and y > 0
+            if label and filled >= STRAIGHT and other[y : y + h, x : x + w].mean() >= LETTERED:
                 first = min(y, height if first is None else first)
     if bar is not None and first is not None:
         first = min(first, _text_above(band, bar))

@@ -352,6 +352,12 @@ def test_an_outline_and_the_lesion_drawn_on_it_are_one_object():
     assert {t.found for t in drawn} == {"glomerulus"}
 
 
+def test_a_grain_of_an_outlined_mask_is_no_box_that_was_drawn():
+    grains = [shapely.box(0, 0, 1, 1), shapely.box(20, 0, 80, 3), shapely.box(0, 40, 4, 44)]
+    drawn, _ = truths([Region("glomerulus", grain) for grain in grains], cascade(), {})
+    assert [t.is_box for t in drawn] == [False, False, True]
+
+
 def test_a_lesion_inside_an_outline_is_part_of_that_object():
     """A segment and a cell of it, a crescent that sticks out by less than half, and what lies outside by more."""
     one = cascade(("glomerulus",), Judge("kind", "k", "multilabel", ("Normal", "FSG", "CGN")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from cascaded import SIZE, circle, grid_of_discs, run_cascade, write_cohort
 from segmenters import CLASSES, disc
 
 from slideflow_ray import overlap as overlap_module
+from slideflow_ray.annotations import Region
 from slideflow_ray.evaluate import evaluate
 from slideflow_ray.membrane import assd, boundary_f, hd95
 from slideflow_ray.metrics import rate_interval
@@ -20,6 +22,8 @@ from slideflow_ray.report import write_report
 from slideflow_ray.results import OVERLAP, read_evaluation
 from slideflow_ray.store import SlideStore
 from slideflow_ray.tables import read_table
+from slideflow_ray.train.masks import draw
+from slideflow_ray.train.transfer import _counted
 
 N = 6
 NM = 500.0
@@ -111,6 +115,38 @@ def test_bands_add_up_and_boundaries_of_large_planes_are_left_out(monkeypatch):
     monkeypatch.setattr(overlap_module, "SURFACE_PX", 90 * 70 - 1)
     large = compare_planes(plane, 0.008, shapes, 0.5)
     assert (large["b"].both, large["b"].surface) == (whole["b"].both, None)
+
+
+def test_the_strip_is_left_out_and_what_is_off_the_tissue_is_not_found(monkeypatch):
+    rng = np.random.default_rng(1)
+    plane = rng.integers(0, 2, (90, 70)).astype(np.uint8)
+    plane[:6], plane[70:], plane[30:40] = 255, 255, 255
+    shapes = {"b": (1, shapely.box(5, 0, 30, 45))}
+    found = compare_planes(plane, 0.008, shapes, 0.5, (0, 3, 35, 35))["b"]
+    truth = np.zeros(plane.shape, bool)
+    truth[:, 10:60] = True
+    window = np.s_[6:70]
+    one, other = plane[window] == 1, truth[window]
+    assert (found.found, found.annotated) == (one.sum(), other.sum())
+    assert found.dice == pytest.approx(sk.f1_score(other.ravel(), one.ravel()))
+    assert (found.surface.hd95, found.surface.assd) == (hd95(one, other, 8.0), assd(one, other, 8.0))
+    monkeypatch.setattr(overlap_module, "BAND", 7)
+    assert compare_planes(plane, 0.008, shapes, 0.5, (0, 3, 35, 35))["b"] == found
+
+
+def test_the_strip_counts_as_in_training():
+    """The truth of training's tiles has 255 where the strip is, which `dice_of` leaves out; by halves of rows too."""
+    rng = np.random.default_rng(2)
+    for px0, kept in ((0.5, (0, 0, 32, 21)), (2.0, (0, 5, 128, 93)), (0.8, (0, 3, 51.2, 37))):
+        plane = rng.integers(0, 2, (64, 64)).astype(np.uint8)
+        shape = shapely.box(4 * px0, 0, 40 * px0, 64 * px0)
+        xy, wh = np.array([[0, 0]]), np.array([[64 * px0, 64 * px0]])
+        truth = draw([Region("b", shape)], ("a", "b"), xy, wh, 64, (10**6, 10**6), kept)
+        scored = np.where(truth[0] == 255, 255, plane)  # as a run leaves the plane
+        card = SimpleNamespace(halo=0, n_classes=2)
+        both, found, annotated = _counted(card, plane[None], truth)[1].tolist()
+        pair = compare_planes(scored, 0.008, {"b": (1, shape)}, px0, kept)["b"]
+        assert (pair.both, pair.found, pair.annotated) == (both, found, annotated)
 
 
 def test_the_report_has_it_and_another_evaluation_takes_it_away(out):

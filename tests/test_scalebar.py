@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from slideflow_ray.phantoms.tem import draw_micrograph
+from slideflow_ray.phantoms.tem import Microscope, draw_micrograph
 from slideflow_ray.scalebar import find_furniture
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "tem" / "A1--0024.jpg"
@@ -74,6 +74,15 @@ def test_a_micrograph_without_any_is_kept_whole(seed):
     assert found.keep == (0, 0, 500, 400)
 
 
-def test_black_and_white_images_are_kept():
-    for value in (0, 255):
-        assert find_furniture(np.full((200, 300), value, np.uint8)).bar is None
+@pytest.mark.parametrize("value", [0, 255])
+def test_black_and_white_images_are_kept(value):
+    found = find_furniture(np.full((200, 300), value, np.uint8))
+    assert found.bar is None
+    assert found.keep == (0, 0, 300, 200)
+
+
+@pytest.mark.parametrize("brightness", [-0.25, -0.15, 0.1, 0.15, 0.2, 0.3])
+def test_a_lumen_that_is_over_or_underexposed_is_no_label(brightness):
+    for seed in range(8):
+        grey = draw_micrograph(seed, (512, 512), 8.0, microscope=Microscope(brightness)).pixels
+        assert find_furniture(grey).keep == (0, 0, 512, 512), seed
