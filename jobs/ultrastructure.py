@@ -6,7 +6,7 @@
 train.toml is a segmentation's training (task = "segment"), with a table of what is compared:
 
     [transfer]
-    methods = ["random", "usregcon", "simclr", "pixcontrast", "detcon"]    # "imagenet" where you have such weights
+    methods = ["random", "usregcon", "simclr", "pixpro", "detcon"]         # "imagenet" where you have such weights
     shares = [1, 5, 10, 100]                                               # percent of train's labelled slides
     seeds = 5
     at_once = 2                                                            # trainings at a time

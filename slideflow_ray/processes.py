@@ -10,8 +10,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -34,6 +37,22 @@ def start(target: Callable[..., object], *args: Any) -> BaseProcess:
     made: BaseProcess = context().Process(target=_call, args=(dict(os.environ), target, args), daemon=True)  # type: ignore[attr-defined]
     made.start()
     return made
+
+
+def pool(workers: int) -> ProcessPoolExecutor:
+    """Return a pool of processes that end with this one, also where it is killed: else they would wait for ever."""
+    return ProcessPoolExecutor(workers, mp_context=context(), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _call(environment: dict[str, str], target: Callable[..., object], args: tuple[Any, ...]) -> None:

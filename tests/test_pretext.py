@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slideflow_ray.models.unet import Unet
-from slideflow_ray.train.pretext import Decoded, DetCon, PixContrast, make_pretext, nt_xent
+from slideflow_ray.train.pretext import Decoded, DetCon, PixPro, make_pretext, near_pairs, nt_xent
 from slideflow_ray.train.regcon import Weights
 from slideflow_ray.train.views import two_views
 
@@ -34,7 +34,7 @@ def images():
     return (x + 0.02 * torch.randn(x.shape, generator=g)).clamp(0, 1)
 
 
-@pytest.mark.parametrize("method", ["usregcon", "simclr", "pixcontrast", "detcon"])
+@pytest.mark.parametrize("method", ["usregcon", "simclr", "pixpro", "detcon"])
 def test_each_method_learns_something_and_teaches_what_it_says(method, images):
     torch.manual_seed(0)
     net = Unet(4, levels=2, width=8)
@@ -59,20 +59,82 @@ def test_each_method_learns_something_and_teaches_what_it_says(method, images):
     assert (told.health is not None) is (method == "usregcon")
 
 
-def test_pixels_meet_their_own_place_after_the_turn():
-    """Features that say where a pixel is in view one: only laid back do they meet; then the loss is nearly none."""
+@pytest.fixture
+def pixpro():
+    """A head in evaluation, on features that it leaves as they are: what it adds can be written out."""
     torch.manual_seed(0)
-    head = PixContrast(2, places=40, temperature=0.01)
+    head = PixPro(3, side=4, near=1.1, projection=3).double()
     head.project = torch.nn.Identity()
-    place = torch.linspace(0, math.pi / 2, 256).view(1, 1, 16, 16).expand(2, 1, 16, 16)
-    full = torch.cat([place.cos(), place.sin()], 1)
+    return head
+
+
+def cosine(a, b):
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+def propagated_slowly(x, g, gamma):
+    """y_i = sum_j max(cos(x_i, x_j), 0)^gamma g(x_j), x (C, h, w)."""
+    places = [(r, c) for r in range(x.shape[1]) for c in range(x.shape[2])]
+    return {i: sum(max(cosine(x[:, *i], x[:, *j]), 0) ** gamma * g(x[:, *j]) for j in places) for i in places}
+
+
+def pixpro_slowly(one, two, g, near, gamma=2):
+    """The loss of one image's binned features, (C, h, w) each, already laid on each other."""
+    total, pairs = 0.0, 0
+    y, other = (propagated_slowly(x, g, gamma) for x in (one, two))
+    for i in y:
+        for j in y:
+            if math.dist(i, j) / math.sqrt(2) < near:
+                total -= cosine(y[i], two[:, *j]) + cosine(other[i], one[:, *j])
+                pairs += 1
+    return total / pairs
+
+
+@pytest.mark.parametrize("near", [0.7, 1.1])
+def test_pixpro_is_as_written(pixpro, near):
+    """Against loops: 8 x 8 features in bins of 2, view two turned; within 1.1 diagonals lie the neighbours too."""
+    pixpro.near = near
+    full = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    weight, bias = (p.detach().numpy() for p in pixpro.transform.parameters())
+    bins = full.view(2, 2, 3, 4, 2, 4, 2).mean((4, 6)).numpy()
+    each = [pixpro_slowly(*bins[:, i], lambda x: weight @ x + bias, near) for i in range(2)]
+    deep = torch.zeros(2, 1, 1, 1)
     for seed in range(4):
-        views = two_views(torch.rand(2, 1, 16, 16), seed)
-        turned = views.turn.apply(full)
-        deep = torch.zeros(2, 1, 1, 1)
-        good = head(views, Decoded(deep, full[:1].repeat(2, 1, 1, 1)), Decoded(deep, turned))
-        bad = head(views, Decoded(deep, full), Decoded(deep, full.roll((5, 7), (2, 3))))
-        assert float(good.loss) < float(bad.loss)
+        views = two_views(torch.rand(2, 1, 8, 8), seed)
+        told = pixpro(views, Decoded(deep, full[0]), Decoded(deep, views.turn.apply(full[1])))
+        assert float(told.loss.detach()) == pytest.approx(np.mean(each), rel=1e-6)
+
+
+def test_places_nearer_than_seven_tenths_of_a_diagonal_are_the_place_itself():
+    i, j = near_pairs(3, 4, 0.7, torch.device("cpu"))
+    assert i.tolist() == j.tolist() == list(range(12))
+
+
+def test_the_target_of_pixpro_gets_no_gradient(pixpro):
+    x, target = (torch.randn(1, 16, 3, dtype=torch.float64, requires_grad=True) for _ in "12")
+    pixpro.agreement(x, target, near_pairs(4, 4, 0.7, torch.device("cpu"))).backward()
+    assert x.grad.any()
+    assert target.grad is None
+
+
+def test_pixpro_learns_without_collapsing(images):
+    """Forty steps: the loss nears -2, and what is projected still differs from place to place."""
+    torch.manual_seed(0)
+    net, head = Unet(4, levels=2, width=8), PixPro(8)
+    optimiser = torch.optim.Adam([*net.parameters(), *head.parameters()], 3e-3)
+    losses, spreads = [], []
+    for step in range(40):
+        views = two_views(images, step)
+        one, two = (Decoded(*net.decode(shown)) for shown in views.shown)
+        optimiser.zero_grad()
+        told = head(views, one, two)
+        told.loss.backward()
+        optimiser.step()
+        losses.append(float(told.loss.detach()))
+        unit = torch.nn.functional.normalize(one.full.detach(), dim=1)
+        spreads.append(float(unit.std((0, 2, 3)).mean()))
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
+    assert spreads[-1] > 0.5 * spreads[0]
 
 
 def test_regions_of_the_turned_view_are_laid_back():

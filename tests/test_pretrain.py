@@ -166,7 +166,8 @@ def test_the_rate_climbs_and_falls():
 
 
 def test_an_alarm_names_the_collapse():
-    parts = {"active": 2.0, "entropy": 0.3, **{f"share_{k}": 1 / 8 for k in range(8)}}
+    parts = {"active": 2.0, "entropy": 0.3, "information": 1.2, **{f"share_{k}": 1 / 8 for k in range(8)}}
     assert "only 2.0 of 8" in alarm_of(parts)
     assert alarm_of({**parts, "active": 5.0}) is None
+    assert "divide no image" in alarm_of({**parts, "active": 5.0, "information": 0.05})
     assert alarm_of({"contrast": 1.0}) is None

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
+
+import psutil
 
 from slideflow_ray import processes
 
@@ -36,3 +40,26 @@ def test_a_process_has_the_environment_and_folder_of_now(monkeypatch, tmp_path):
     assert second[:3] == ("second", None, str(tmp_path))
     assert second[3] == 1  # none of our threads came along
     assert second[4] == first[4] != os.getpid()  # both are the server's
+
+
+POOLED = """
+import os, time
+from slideflow_ray.processes import pool
+if __name__ == "__main__":
+    with pool(2) as several:
+        busy = several.submit(time.sleep, 600)
+        print(several.submit(os.getpid).result(), *several._processes, flush=True)
+        busy.result()
+"""
+
+
+def test_a_pool_ends_with_the_process_that_made_it(tmp_path):
+    """Killed, so that it says nothing to its pool: one is busy, the other waits for work."""
+    (tmp_path / "pooled.py").write_text(POOLED)
+    made = subprocess.Popen([sys.executable, str(tmp_path / "pooled.py")], stdout=subprocess.PIPE, text=True)
+    with made:
+        pids = {int(pid) for pid in made.stdout.readline().split()}
+        assert len(pids) == 2
+        made.kill()
+    _, alive = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], timeout=30)
+    assert not alive

@@ -221,3 +221,25 @@ def test_collapse_is_told():
     for k in range(4):
         quarters[:, k, k] = 1
     assert health(regions_of(quarters)).alarm is None
+
+
+def test_regions_that_lie_alike_over_all_places_are_told():
+    """Three active regions, sure enough of themselves, but every pixel has the same shares."""
+    alike = torch.tensor([0.6, 0.2, 0.2, 0, 0, 0, 0, 0]).view(1, 8, 1, 1).expand(2, 8, 4, 4)
+    found = health(regions_of(alike))
+    assert found.active == 3
+    assert found.information == pytest.approx(0, abs=1e-6)
+    assert "divide no image" in found.alarm
+
+
+def test_what_a_place_tells_of_its_region_is_mutual_information(rng):
+    shares = torch.rand(1, 3, 4, 4, generator=rng).softmax(1)
+    joint = shares[0].flatten(1).numpy().astype(np.float64) / 16  # of region and place
+    expected = sum(p * np.log(p / (row.sum() * (1 / 16))) for row in joint for p in row)
+    assert health(regions_of(shares)).information == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_regions_are_enough_where_two_were_asked_for():
+    halves = torch.zeros(1, 2, 4, 4)
+    halves[:, 0, :2], halves[:, 1, 2:] = 1, 1
+    assert health(regions_of(halves)).alarm is None

@@ -1,6 +1,7 @@
 """Support vector machines as arrays, their calibration, and the joining of two models, against scikit-learn."""
 
 import dataclasses
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from sklearn.svm import SVC
 
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.models.networks import build, headless
-from slideflow_ray.models.skip import Machine
+from slideflow_ray.models.skip import Machine, vote
 from slideflow_ray.train.svm import fit_machine, fold_rows, join, joined_state, platt, repeated_folds
 
 
@@ -127,6 +128,19 @@ def test_joined_networks_give_the_rule_that_was_fitted(rule):
         stack = LogisticRegression(max_iter=1000).fit(np.log(np.column_stack([a / (1 - a), b / (1 - b)])), labels)
         expected = stack.predict_proba(np.log(np.column_stack([pa / (1 - pa), pb / (1 - pb)])))[:, 1]
     np.testing.assert_allclose(p, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_a_vote_of_certain_models_is_a_number(weight):
+    """Against decimals of 500 digits, where a probability of 1 - exp(-1000) is not 1."""
+    margins = [(0.3, -0.7), (37.0, 36.0), (50.0, -50.0), (-800.0, -790.0), (1000.0, 900.0)]
+    a, b = torch.tensor(margins, dtype=torch.float64).T
+    found = vote(a, b, torch.tensor(weight))
+    with localcontext(prec=500):
+        w = Decimal(float(torch.tensor(weight)))
+        pairs = [[1 / (1 + Decimal(-m).exp()) for m in pair] for pair in margins]
+        expected = [float(((p := w * x + (1 - w) * y) / (1 - p)).ln()) for x, y in pairs]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12)
 
 
 def test_features_of_all_stages():

@@ -23,6 +23,7 @@ from slideflow_ray.specs import RunSpec
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train import job as job_module
 from slideflow_ray.train.augment import augment_both, augmentation
+from slideflow_ray.train.dense import settled, small_core
 from slideflow_ray.train.job import prepare, train
 from slideflow_ray.train.loop import mask_loss, mean_dice
 from slideflow_ray.train.masks import areas_of, draw, shown_by
@@ -249,6 +250,13 @@ def test_a_halo_smaller_than_the_reach_is_measured(trained, cohort, tmp_path):
 def test_what_makes_no_sense_of_a_segmentation_is_said(values, cause):
     with pytest.raises(ConfigError, match=cause):
         job_of(Path("c.csv"), Path("o"), **values)
+
+
+def test_tiles_that_are_mostly_halo_are_said(tmp_path):
+    """Two levels reach 23 px, which is 24 at their stride: 56 px leave 8."""
+    made = settled(job_of(Path("c.csv"), tmp_path, tile={"tile_px": 56, "mpp": 1.0}))
+    assert "a core of 8 px within a halo of 24 px, so each pixel is computed 49 times" in small_core(made)
+    assert small_core(settled(job_of(Path("c.csv"), tmp_path))) is None
 
 
 def test_tiles_without_a_core_and_names_without_a_class_are_said(trained, cohort, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_loop import card, same, spec, textures
 from torch import nn
 from torchvision.transforms import v2
@@ -541,6 +541,44 @@ def test_auxiliary_heads_of_other_classes_are_new_too():
     loop._begin_with(net, start, card())
     assert torch.equal(net.trunk.weight, start["trunk.weight"])
     assert net.aux.weight.shape == (2, 4)
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "tu-resnet18"])
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_an_encoder_of_smp_begins_with_a_resnet_s_weights(tmp_path, monkeypatch, encoder, library):
+    """Made on the spot, by the names of torchvision and timm: the encoder has them, the decoder is as it was drawn."""
+    save_file(build(f"{library}:resnet18", {}, 1000).state_dict(), tmp_path / f"{library}-resnet18.safetensors")
+    given = load_file(tmp_path / f"{library}-resnet18.safetensors")
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    told = {"architecture": "smp:Unet", "arguments": {"encoder_name": encoder}}
+    found = find_weights(TrainSpec(weights="imagenet", **told))
+    assert found.source.startswith("imagenet sha256:")
+    net = build("smp:Unet", {"encoder_name": encoder}, 4)
+    drawn = loop.snapshot(net)
+    loop._begin_with(net, found.state, card().model_copy(update={"classes": tuple("abcd")}))
+    after, inside = net.state_dict(), "encoder.model." if encoder.startswith("tu-") else "encoder."
+    own = [key for key in after if key.startswith("encoder.")]
+    assert len(own) == len(given) - 2  # but for the classifier
+    assert all(torch.equal(after[key], given[key.removeprefix(inside)]) for key in own)
+    assert all(torch.equal(after[key], drawn[key]) for key in after if not key.startswith("encoder."))
+    assert not torch.equal(after[own[0]], drawn[own[0]])
+
+
+def test_networks_without_imagenet_weights_name_one_that_has_them(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    with pytest.raises(ConfigError, match="nobody has trained it on ImageNet") as caught:
+        find_weights(TrainSpec(architecture="unet", weights="imagenet"))
+    assert "smp:Unet" in caught.value.step
+    smp = {"architecture": "smp:Unet", "weights": "imagenet"}
+    with pytest.raises(ConfigError, match="vgg11"):
+        find_weights(TrainSpec(arguments={"encoder_name": "vgg11"}, **smp))
+    nothing = find_weights(TrainSpec(**smp))
+    assert nothing.state is None
+    assert "--as-weights torchvision-resnet34.safetensors" in nothing.note
+    start = build("torchvision:resnet34", {}, 1000).state_dict()
+    net = build("smp:Unet", {"encoder_name": "resnet18"}, 2)
+    with pytest.raises(ConfigError, match="belong to another network"):
+        loop._begin_with(net, start, card())
 
 
 def test_a_job_needs_its_classes():

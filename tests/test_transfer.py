@@ -6,9 +6,11 @@ import csv
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from scipy import stats
 
 from slideflow_ray.errors import ConfigError
@@ -19,9 +21,10 @@ from slideflow_ray.results import read_evaluation
 from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec
 from slideflow_ray.train import transfer as module
-from slideflow_ray.train.job import prepare, train
+from slideflow_ray.train.job import card_of, prepare, train
 from slideflow_ray.train.spec import TrainJob
 from slideflow_ray.train.transfer import Cell, Table, TransferSpec, dice_of, shared, t_interval, transfer, write
+from slideflow_ray.train.weights import Start, familiar
 
 FIT = {"architecture": "unet", "arguments": {"levels": 1, "width": 4}, "epochs": 1, "batch_size": 8, "lr": 1e-2}
 FIT |= {"threads": 1, "device": "cpu", "precision": "fp32", "class_weights": "none", "augment": False}
@@ -133,9 +136,93 @@ def test_seeds_have_student_s_interval():
     cells = [Cell("random", 5, i, 2, {"a": 0.5, "b": 0.5}) for i in range(5)]
     cells += [Cell("simclr", 5, i, 2, {"a": 0.5 + v, "b": 0.5 + v}) for i, v in enumerate(values)]
     (gain,) = Table(tuple(cells)).gains
+    assert "pre-trained once" in Table(tuple(cells)).summary()
+    assert "pre-trained once" in Table(tuple(cells)).to_json()["intervals"]
     assert gain.interval == pytest.approx(wanted)
     assert math.isclose(gain.mean, np.mean(values))
     assert f"+1.90 ({100 * wanted[0]:+.2f} to {100 * wanted[1]:+.2f})" in Table(tuple(cells)).summary()
+
+
+def test_a_class_that_is_nowhere_has_no_dice_and_the_cell_is_kept(job, data, tmp_path, monkeypatch):
+    """The last class is in no mask of test and never called: null in the cell, a dash in the table."""
+    counted = module._counted
+
+    def without_last(*told):
+        return np.r_[counted(*told)[:-1], np.zeros((1, 3), np.int64)]
+
+    monkeypatch.setattr(module, "_counted", without_last)
+    job = job.model_copy(update={"work": str(tmp_path)})
+    nowhere = CLASSES[-1]
+    works = [module._Work(job, card_of(job), data, Start(None, "random"), m, 100, 0) for m in ("random", "simclr")]
+    cells = module._worked_off(works, 1, lambda event: None)
+    assert json.loads(works[0].path.read_text())["dice"][nowhere] is None
+    assert cells[0].mean == pytest.approx(np.mean([v for v in cells[0].dice.values() if v is not None]))
+    table = Table(tuple(cells))
+    paths = write(table, tmp_path / "table")
+    assert json.loads(paths[0].read_text())["table"][0][f"dice_{nowhere}"] is None
+    assert f" {'-':>15}" in table.summary()
+    assert table.gains[0].mean == 0
+
+
+def test_gains_are_of_classes_that_both_have():
+    one = Cell("random", 5, 0, 2, {"a": 0.5, "b": None})
+    two = Cell("simclr", 5, 0, 2, {"a": 0.7, "b": 0.0})
+    (gain,) = Table((one, two)).gains
+    assert gain.mean == pytest.approx(0.2)
+    nothing = Cell("simclr", 5, 0, 2, {"a": None, "b": 0.0})
+    assert Table((one, nothing)).gains == ()
+    assert "gain" in Table((one, nothing)).summary()
+
+
+def unlabelled(job, tmp_path, change):
+    """The cohort's rows as one to pre-train on: none says a split, and `change` takes the row for another one."""
+    here = Path(job.cohort).parent
+    rows = list(csv.DictReader(Path(job.cohort).read_text().splitlines()))
+    made = [{"slide_id": f"u{r['slide_id']}", "uri": str(here / r["uri"]), "split": r["split"],
+             "patient_id": r["patient_id"], "mpp": r.get("mpp") or "0.024"} for r in rows]  # fmt: skip
+    kept = [found for row in made if (found := change(row))]
+    path = tmp_path / "unlabelled.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, kept[0])
+        writer.writeheader()
+        writer.writerows(kept)
+    return path
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("by", ["patient", "file", "file elsewhere"])
+def test_nothing_is_learnt_of_those_who_judge(job, tmp_path, split, by, monkeypatch):
+    """An unlabelled cohort without splits names patients of val or test, or their files by another name or place."""
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained"))
+
+    def change(row):
+        if row["split"] not in ("train", split):
+            return None
+        row = {key: value for key, value in row.items() if key != "split"}
+        if by != "patient":
+            row["patient_id"] = f"u{row['patient_id']}"
+        if by == "patient":
+            row["uri"] = str(other)
+        elif by == "file elsewhere":
+            link = tmp_path / f"{row['slide_id']}.tif"
+            link.symlink_to(row["uri"])
+            row["uri"] = str(link)
+        return row
+
+    other = tmp_path / "other.tif"
+    tifffile.imwrite(other, np.zeros((96, 80), np.uint8))
+    spec = SPEC.model_copy(update={"cohort": str(unlabelled(job, tmp_path, change))})
+    with pytest.raises(
+        ConfigError, match=f"2 patients of split {split}" if by == "patient" else f"4 files of split {split}"
+    ):
+        transfer(job, spec)
+
+
+def test_a_copy_of_a_file_of_test_is_found_by_what_the_pretraining_read(job, data, tmp_path):
+    record = {"data": {"patients": {"train": ["x"]}, "slides": {"train": sorted(data.people["test"].files)[:1]}}}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="trained on 1 files of this training's test split"):
+        familiar(str(tmp_path / "weights.safetensors"), data.people)
 
 
 def test_dice_is_that_of_an_evaluated_run(job, data, tmp_path):
@@ -151,8 +238,25 @@ def test_dice_is_that_of_an_evaluated_run(job, data, tmp_path):
     assert max(found.values()) > 0
 
 
-def test_what_makes_no_table_is_said(job):
+def test_what_makes_no_table_is_said(job, monkeypatch):
     with pytest.raises(ConfigError, match="random"):
         TransferSpec.parse({"methods": ["usregcon"]}, "test")
+    monkeypatch.setattr(module, "prepare", lambda *_: pytest.fail("tiled"))
+    with pytest.raises(ConfigError, match="nobody has trained it on ImageNet"):
+        transfer(job, SPEC.model_copy(update={"methods": ("random", "simclr", "imagenet")}))
     with pytest.raises(ConfigError, match="segmentations"):
         transfer(job.model_copy(update={"task": "classify"}), SPEC)
+
+
+def test_pre_trainings_side_by_side_leave_the_bytes_of_one_after_the_other(job, tmp_path):
+    spec = SPEC.model_copy(update={"methods": ("random", "usregcon", "simclr"), "shares": (100,), "seeds": 1})
+    said: list[str] = []
+    found = {}
+    for at_once in (1, 2):
+        mine = job.model_copy(update={"work": str(tmp_path / str(at_once))})
+        transfer(mine, spec.model_copy(update={"at_once": at_once}), lambda e: said.append(getattr(e, "text", "")))
+        weights = sorted((tmp_path / str(at_once) / "transfer").glob("*/weights.safetensors"))
+        found[at_once] = {path.parent.name: path.read_bytes() for path in weights}
+    assert set(found[1]) == {"usregcon", "simclr"}
+    assert found[2] == found[1]
+    assert "Pre-training by usregcon, simclr, 2 at a time" in said

@@ -146,7 +146,7 @@ class MethodName(StrEnum):
 
     usregcon = "usregcon"
     simclr = "simclr"
-    pixcontrast = "pixcontrast"
+    pixpro = "pixpro"
     detcon = "detcon"
 
 

@@ -183,12 +183,22 @@ class TwoModels(nn.Module):
             joined: Tensor = self.machine(torch.cat([self.trunk(x).float(), self.second.features(x)], 1))
             return joined
         a, b = margin_of(self.first(x)), margin_of(self.second(x))
-        if self.rule == "vote":
-            both = (torch.logit(self.weight * a.sigmoid() + (1 - self.weight) * b.sigmoid()))[:, None]
-        else:
-            both = torch.stack([a, b], 1)
+        both = vote(a, b, self.weight)[:, None] if self.rule == "vote" else torch.stack([a, b], 1)
         logits: Tensor = self.head(both.float())
         return logits
+
+
+def vote(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Return log p/(1-p) of p = w s(a) + (1-w) s(b), s the sigmoid, for margins float64 (n,).
+
+    By logarithms throughout: p itself is 1 in float64 from a margin of 37 on.
+    """
+    of_a, of_b = weight.double().log(), torch.log1p(-weight.double())
+
+    def log_mean(sign: int) -> Tensor:
+        return torch.logaddexp(of_a + F.logsigmoid(sign * a), of_b + F.logsigmoid(sign * b))
+
+    return log_mean(1) - log_mean(-1)
 
 
 def margin_of(logits: Tensor) -> Tensor:

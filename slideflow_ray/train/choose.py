@@ -23,7 +23,7 @@ from slideflow_ray.events import Listener, Noted, silent
 from slideflow_ray.execute.cluster import connect
 from slideflow_ray.models.bundle import load_weights, read_card, write_bundle
 from slideflow_ray.specs import ExecutorSpec, Positive, Spec, digest
-from slideflow_ray.train.job import Data, TrainResult, card_of, check_out, prepare, train
+from slideflow_ray.train.job import Data, TrainResult, card_of, check_out, check_weights, prepare, train
 from slideflow_ray.train.loop import EpochResult, Progress, Validation, fit, rank
 from slideflow_ray.train.record import CURVES, METRICS, RECORD, data_record, versions
 from slideflow_ray.train.spec import Percent, TrainJob, TrainSpec
@@ -147,6 +147,7 @@ def search(job: TrainJob, spec: SearchSpec, listen: Listener = silent) -> tuple[
     check_out(job)
     data = prepare(job, listen)
     _check_val(data, job)
+    check_weights(job, data)
     card = card_of(job, data.targets).model_dump(mode="json", exclude={"name", "description"})
     seen = data_record(data.chunks, data.identities)["digest"]
     name = digest([card, job.fit.model_dump(mode="json"), spec.model_dump(mode="json"), seen, versions()])

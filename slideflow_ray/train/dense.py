@@ -38,6 +38,18 @@ def settled(job: TrainJob) -> TrainJob:
     return job.model_copy(update={"tile": job.tile.model_copy(update={"halo_px": halo})})
 
 
+def small_core(job: TrainJob) -> str | None:
+    """Return what to say of a settled job whose tiles are mostly halo, None of others."""
+    if job.task != "segment" or job.tile is None or 2 * job.tile.core_px >= job.tile.tile_px:
+        return None
+    tile_px, core, halo = job.tile.tile_px, job.tile.core_px, job.tile.halo_px
+    times = round((tile_px / core) ** 2)
+    return (
+        f"Tiles of {tile_px} px have a core of {core} px within a halo of {halo} px, so each pixel is computed "
+        f"{times} times. A tile_px of {4 * halo} or more costs less, or a smaller tile.halo_px, with measured seams."
+    )
+
+
 def reach(job: TrainJob) -> tuple[int, int | None]:
     """Return the network's total stride and its radius in px; None where no bound is known. Raises BundleError."""
     return _reach(job.fit.architecture, digest(job.fit.arguments), _Arguments(job.fit.arguments))

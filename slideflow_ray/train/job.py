@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from slideflow_ray.models.bundle import WEIGHTS, BundleCard, write_bundle
 from slideflow_ray.pipeline import Chunk, Context
 from slideflow_ray.run import run
 from slideflow_ray.specs import RunSpec, TileSpec, digest
-from slideflow_ray.splits import identities_of, lone_note, with_splits
+from slideflow_ray.splits import identities_of, known_identities, lone_note, with_splits
 from slideflow_ray.stain import stain_name, stain_numbers
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train.checkpoint import last_epoch, result_of, save_epoch
 from slideflow_ray.train.colours import Targets, check_stated, coloured
 from slideflow_ray.train.crew import Crew
-from slideflow_ray.train.dense import reach, settled, tiles_said, with_seam
+from slideflow_ray.train.dense import reach, settled, small_core, tiles_said, with_seam
 from slideflow_ray.train.images import (
     LEAKING,
     labelled_images,
@@ -44,7 +44,7 @@ from slideflow_ray.train.record import RECORD, Diary, beside, data_record, train
 from slideflow_ray.train.sample import Mined, balanced, boxes_px0, mine, thin
 from slideflow_ray.train.spec import MACHINES, CrewSpec, TrainJob, TrainSpec
 from slideflow_ray.train.tiles import ChunkTiles, LabelledChunk, class_indices
-from slideflow_ray.train.weights import Start, find_weights
+from slideflow_ray.train.weights import NOBODY, People, Start, familiar, find_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -105,17 +105,43 @@ def _or_none(value: float) -> str:
 
 @dataclass(frozen=True)
 class Data:
-    """What a training reads: chunks with labels by split, the identities of their slides, and its stain targets."""
+    """What a training reads: chunks with labels by split, the identities of their slides, and its stain targets.
+
+    held : whom it must not have seen, the cohort's split test, labelled or not
+    """
 
     context: Context
     chunks: Chunks
     identities: Mapping[str, str]
     leaking: str = ""
     targets: Targets | None = None
+    held: People = NOBODY
+
+    @property
+    def people(self) -> dict[str, People]:
+        """Whose slides are trained on, validated on and held back; of the first two those with labels."""
+        used = {split: {i for c in several if c.used.any() for i in c.items} for split, several in self.chunks.items()}
+        found = {split: _people(items, self.identities) for split, items in used.items()}
+        test = found.get("test", NOBODY)
+        return found | {"test": People(test.patients | self.held.patients, test.files | self.held.files)}
 
     def source(self, split: str) -> ChunkTiles:
         """Return a split's tiles."""
         return ChunkTiles(self.context, self.chunks[split])
+
+
+def _people(items: Iterable[Item], identities: Mapping[str, str]) -> People:
+    items = list(items)
+    files = known_identities(items, identities)
+    return People(
+        frozenset(i.patient for i in items), frozenset(files[i.slide_id] for i in items if i.slide_id in files)
+    )
+
+
+def check_weights(job: TrainJob, data: Data, listen: Listener = silent) -> None:
+    """Raise ConfigError where the weights to begin with have seen patients that judge (see `weights.familiar`)."""
+    if not leaks(job) and (note := familiar(job.fit.weights, data.people).note):
+        listen(Noted(note))
 
 
 def train(job: TrainJob, listen: Listener = silent, data: Data | None = None, **record: Any) -> TrainResult:
@@ -126,14 +152,15 @@ def train(job: TrainJob, listen: Listener = silent, data: Data | None = None, **
     what `prepare` returned, where several trainings share it; `record` goes into the training's record.
 
     Raises ConfigError (no train slides, a class without tiles, a slide that cannot be
-    read), SplitLeakError, NanScore, DiskFull.
+    read, weights to begin with that have seen patients of val or test), SplitLeakError, NanScore, DiskFull.
     """
     check_out(job)
     job = settled(job)
     start = find_weights(job.fit)
-    if start.note:
-        listen(Noted(start.note))
+    for note in filter(None, (small_core(job), start.note)):
+        listen(Noted(note))
     data = data or prepare(job, listen)
+    check_weights(job, data, listen)
     if not len(data.source("val")):
         listen(Noted("No labelled tiles in split val: nothing is validated, and the last epoch's weights are kept."))
     return (
@@ -380,9 +407,7 @@ def prepare(job: TrainJob, listen: Listener = silent, splits: Sequence[str] = ("
     Raises ConfigError, SplitLeakError.
     """
     job = settled(job)
-    everyone = _split(job, listen)
-    if job.task == "pretrain" and not any(item.split for item in everyone):
-        everyone = [item.model_copy(update={"split": "train"}) for item in everyone]
+    everyone = split_items(job, listen)
     items = [item for item in everyone if item.split in splits]
     if not any(item.split == "train" for item in items):
         raise ConfigError(
@@ -402,7 +427,19 @@ def prepare(job: TrainJob, listen: Listener = silent, splits: Sequence[str] = ("
         listen(Noted(left))
     chunks["train"] = _chosen(job, context, chunks["train"], listen)
     chunks, targets = coloured(job, context, chunks)
-    return Data(context, chunks, identities, LEAKING if leaks(job) else "", targets)
+    held = _people((item for item in everyone if item.split == "test"), {})
+    return Data(context, chunks, identities, LEAKING if leaks(job) else "", targets, held)
+
+
+def split_items(job: TrainJob, listen: Listener = silent) -> list[Item]:
+    """Return the cohort's items, each on its side; a pre-training reads all of a cohort without splits.
+
+    Raises ConfigError, SplitLeakError.
+    """
+    items = _split(job, listen)
+    if job.task == "pretrain" and not any(item.split for item in items):
+        return [item.model_copy(update={"split": "train"}) for item in items]
+    return items
 
 
 def _split(job: TrainJob, listen: Listener) -> list[Item]:

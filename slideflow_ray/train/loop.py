@@ -581,10 +581,17 @@ def _optimiser(spec: TrainSpec, net: nn.Module) -> torch.optim.Optimizer:
     return kind(parameters, lr, weight_decay=decay)
 
 
+ENCODER = "encoder."
+CLASSIFIERS = ("fc.", "classifier.", "head.")
+"""By what names classifiers' heads go in torchvision and timm."""
+
+
 def _begin_with(net: nn.Module, start: Mapping[str, torch.Tensor], card: BundleCard) -> None:
     """Load `start`, but for heads of another size (auxiliary ones too): a head is what a new task learns first."""
     own = net.state_dict()
     head = find_head(net, card.n_classes)[0]
+    if encoder := _encoder_of(net, own, start):  # a ResNet's: no weights exist for the decoder
+        start = {**{k: own[k] for k in own if not k.startswith(ENCODER)}, **encoder}
     strange = [k for k in own if k not in start or start[k].shape != own[k].shape]
     if isinstance(net, SeResNet) and all(key.startswith(STEM) for key in start):
         head, strange = "", [k for k in strange if k.startswith(STEM)]  # no weights exist for its blocks
@@ -598,6 +605,16 @@ def _begin_with(net: nn.Module, start: Mapping[str, torch.Tensor], card: BundleC
             next_step="Take weights of this architecture, by the names that torchvision or timm gives them.",
         )
     net.load_state_dict({key: own[key] if key in strange else start[key] for key in own})
+
+
+def _encoder_of(
+    net: nn.Module, own: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return a classifier's weights by the names of smp's encoder, without its head; empty if they are none of one."""
+    if not hasattr(net, "segmentation_head") or any(key.startswith(ENCODER) for key in start):
+        return {}
+    inside = f"{ENCODER}model." if any(key.startswith(f"{ENCODER}model.") for key in own) else ENCODER
+    return {f"{inside}{key}": value for key, value in start.items() if not key.startswith(CLASSIFIERS)}
 
 
 def _is_head(own: torch.Tensor, other: torch.Tensor | None, card: BundleCard) -> bool:

@@ -31,6 +31,7 @@ from slideflow_ray.train.svm import (
     Floats,
     Ints,
     Joined,
+    check_rows,
     fit_machine,
     fold_rows,
     join,
@@ -38,11 +39,11 @@ from slideflow_ray.train.svm import (
     log_loss,
 )
 from slideflow_ray.train.tiles import ChunkTiles
+from slideflow_ray.train.weights import familiar
 
 if TYPE_CHECKING:
     from slideflow_ray.train.job import Data
 
-RECORD = "training.json"
 MOST_ROWS = 50_000
 """A machine is fitted on so many rows at most: its time grows with their square."""
 
@@ -109,11 +110,7 @@ def fit_skip_svm(
             begin_backbone(net.features.backbone, start)
         train = _rows_of(net.features, card, data.source("train"), spec)
         val = table_of([net.features], card, data.source("val"), spec)
-        seen = familiar(spec.weights, train.patients, val.patients)
-        if seen:
-            listen(
-                Noted(f"The backbone has seen {seen} of the training patients: all is chosen and calibrated on val.")
-            )
+        seen = _seen(job, data, listen)
         fitted = fit_machine(
             train.values[0],
             train.labels,
@@ -129,6 +126,14 @@ def fit_skip_svm(
         history = _history(fitted.oof, judged.labels, done[1], done[0], data, spec, began)
     said = {"machine": {**about(fitted), "judged": "val" if seen else "folds"}}
     return Trained(done[0], done[1], (history,), 0), said
+
+
+def _seen(job: TrainJob, data: Data, listen: Listener) -> int:
+    """How many of the training patients the weights to begin with have seen; said aloud: their folds judge kindly."""
+    seen = familiar(job.fit.weights, data.people).trained
+    if seen:
+        listen(Noted(f"The backbone has seen {seen} of the training patients: all is chosen and calibrated on val."))
+    return seen
 
 
 def _rows_of(net: nn.Module, card: BundleCard, source: ChunkTiles, spec: TrainSpec) -> Table:
@@ -166,28 +171,6 @@ def begin_backbone(backbone: nn.Module, start: Mapping[str, torch.Tensor]) -> No
     backbone.load_state_dict({key: start[key] for key in own})
 
 
-def familiar(weights: str, train: Sequence[str], val: Sequence[str]) -> int:
-    """Return how many training patients the weights' own training has seen, by its record; 0 if unknown.
-
-    Raises ConfigError where it has seen a patient of val, who would be no judge.
-    """
-    record = _record_of(weights)
-    seen = set(record.get("data", {}).get("patients", {}).get("train", ()))
-    if both := sorted(seen & set(val)):
-        raise ConfigError(
-            f"{weights} was trained on {len(both)} patients of this training's val split ({', '.join(both[:3])}).",
-            next_step="Train both on the same split.",
-        )
-    return len(seen & set(train))
-
-
-def _record_of(weights: str) -> dict[str, Any]:
-    if weights in ("random", "imagenet"):
-        return {}
-    path = storage.local_path(weights)
-    return storage.read_json((path if path.is_dir() else path.parent) / RECORD) or {}
-
-
 def about(fitted: Fitted) -> dict[str, Any]:
     """Return what the record says of a machine."""
     return {
@@ -208,10 +191,16 @@ def fit_two_models(
 ) -> tuple[Trained, dict[str, Any]]:
     """Train two models (or take those that are there), and join them by the rule that unseen patients speak for.
 
+    Where the weights to begin with have seen the training patients, no fold of these is unseen: then it is val.
     Raises ConfigError where a bundle does not fit, or there are too few patients.
     """
     began, spec = time.monotonic(), job.fit
     machine = spec.machine or MachineSpec()
+    by_folds = machine.judged == "folds" and not (machine.first or machine.second or _seen(job, data, listen))
+    if by_folds or not machine.second:
+        check_patients(data, "train", card.classes, machine.folds)
+    if not by_folds:
+        check_patients(data, "val", card.classes, 2)
     first, second = parts_of(card, job, data, train)
     _, net = load_network(first)
     own, other = load_network(second)
@@ -220,10 +209,7 @@ def fit_two_models(
     with reproducible(spec.seed, spec.threads):
         nets = [Margin(net), Margin(other), nn.Sequential(_Both(headless(net, 2), other.features))]
         rows = table_of(nets, card, data.source("train"), spec)
-        if machine.judged == "folds" and not (machine.first or machine.second):
-            seen = _by_folds(card, job, data, train, other, rows)
-        else:
-            seen = _by_val(nets, card, data, spec, rows)
+        seen = _by_folds(card, job, data, train, other, rows) if by_folds else _by_val(nets, card, data, spec, rows)
         a, b = map(_sigmoid, seen.margins)
         oof = seen.joint.oof if seen.joint else None
         joined = join(a, b, seen.labels, seen.patients, oof, folds=machine.folds, rules=machine.rules)
@@ -235,6 +221,13 @@ def fit_two_models(
     if joined.rule == "features" and seen.joint:
         said["machine"] = about(seen.joint)
     return Trained(done[0], done[1], (history,), 0), said
+
+
+def check_patients(data: Data, split: str, classes: Sequence[str], folds: int) -> None:
+    """Raise ConfigError where a split has not `folds` patients of each class: before hours of training, not after."""
+    chunks = data.chunks[split]
+    labels = np.concatenate([c.labels for c in chunks]) if chunks else np.empty(0, np.int64)
+    check_rows(labels, [i.patient for c in chunks for i in c.item_of_row], folds, classes, f" in {split}")
 
 
 class Margin(nn.Module):
@@ -278,8 +271,7 @@ def parts_of(card: BundleCard, job: TrainJob, data: Data, train: Train) -> tuple
         if given:
             path = storage.local_path(given)
             _check_part(card, read_card(path), given)
-            patients = [{i.patient for c in data.chunks[s] for i in c.items} for s in ("train", "val")]
-            familiar(given, *(sorted(several) for several in patients))
+            familiar(given, data.people)
         else:
             path = train(part_job(job, name), data)
         found.append(path)

@@ -30,7 +30,7 @@ from slideflow_ray.train.regcon import (
 from slideflow_ray.train.views import Views
 
 Tensor = torch.Tensor
-Method = Literal["usregcon", "simclr", "pixcontrast", "detcon"]
+Method = Literal["usregcon", "simclr", "pixpro", "detcon"]
 
 
 class Decoded(NamedTuple):
@@ -90,28 +90,63 @@ class SimClr(nn.Module):
         return Told(loss, {"contrast": float(loss.detach())})
 
 
-class PixContrast(nn.Module):
-    """Pixels: the same place in the other view among other places (Xie et al., CVPR 2021, PixContrast, eq. 2).
+class PixPro(nn.Module):
+    """Pixels: what a place's likes say of it agrees with the other view (Xie et al., CVPR 2021, PixPro, eqs. 3 to 5).
 
-    Views show the same window here, so the positive is the very pixel; `places` of each image are drawn.
+    Decoded features are pooled to at most `side` x `side` places and projected. Views show the same window here, laid
+    on each other, so that at `near` = 0.7 (of a bin's diagonal, as in the paper) a place is compared with itself.
+    Where the paper's target is a momentum encoder, one network serves both views; batch norm at the projection's end
+    and a target without gradient keep that from collapsing (as in Chen and He's SimSiam, CVPR 2021).
     """
 
-    def __init__(self, channels: int, places: int = 64, temperature: float = 0.3, projection: int = 64) -> None:
+    def __init__(
+        self, channels: int, side: int = 16, near: float = 0.7, gamma: float = 2.0, projection: int = 64
+    ) -> None:
         super().__init__()
         self.project = nn.Sequential(
-            nn.Conv2d(channels, 2 * channels, 1), nn.ReLU(inplace=True), nn.Conv2d(2 * channels, projection, 1)
+            nn.Conv2d(channels, 4 * channels, 1, bias=False),
+            nn.BatchNorm2d(4 * channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4 * channels, projection, 1, bias=False),
+            nn.BatchNorm2d(projection, affine=False),
         )
-        self.places, self.temperature = places, temperature
+        self.transform = nn.Linear(projection, projection)
+        self.side, self.near, self.gamma = side, near, gamma
 
     def forward(self, views: Views, one: Decoded, two: Decoded) -> Told:
-        """Return InfoNCE of pixels drawn from the decoded features of both views, laid on each other."""
-        a, b = self.project(one.full), views.turn.undo(self.project(two.full))
-        n, c, h, w = a.shape
-        at = torch.stack([torch.randperm(h * w, device=a.device)[: self.places] for _ in range(n)])
-        index = at[:, None].expand(n, c, at.shape[1])
-        rows = [F.normalize(part.flatten(2).gather(2, index).transpose(1, 2).reshape(-1, c), dim=1) for part in (a, b)]
-        loss = (_cross(rows[0], rows[1], self.temperature) + _cross(rows[1], rows[0], self.temperature)) / 2
+        """Return minus the mean cosine, summed both ways, of what is propagated in one view and found in the other."""
+        a = self.project(_binned(one.full, self.side))
+        b = views.turn.undo(self.project(_binned(two.full, self.side)))
+        pairs = near_pairs(a.shape[2], a.shape[3], self.near, a.device)
+        x, other = (part.flatten(2).transpose(1, 2) for part in (a, b))
+        loss = self.agreement(x, other, pairs) + self.agreement(other, x, pairs)
         return Told(loss, {"contrast": float(loss.detach())})
+
+    def agreement(self, x: Tensor, target: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+        """Return -cos(y_i, x'_j), meant over images and pairs of places; features (n, places, C)."""
+        i, j = pairs
+        y = propagated(x, self.transform(x), self.gamma)
+        return -F.cosine_similarity(y[:, i], target.detach()[:, j], dim=2).mean()
+
+
+def _binned(features: Tensor, side: int) -> Tensor:
+    """Return features, (n, C, H, W), as means of at most `side` x `side` bins, which lie alike whichever way turned."""
+    h, w = features.shape[2:]
+    return F.adaptive_avg_pool2d(features, (min(h, side), min(w, side)))
+
+
+def propagated(x: Tensor, transformed: Tensor, gamma: float) -> Tensor:
+    """Return y_i = sum_j max(cos(x_i, x_j), 0)^gamma g(x_j) of places, (n, places, C)."""
+    unit = F.normalize(x, dim=2)
+    return (unit @ unit.transpose(1, 2)).clamp(min=0) ** gamma @ transformed
+
+
+def near_pairs(height: int, width: int, near: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the pairs (i, j) of places of a grid that are nearer than `near` diagonals of a bin, row by row."""
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    at = torch.cartesian_prod(rows, columns).float()
+    i, j = (torch.cdist(at, at) < near * 2**0.5).nonzero(as_tuple=True)
+    return i, j
 
 
 class DetCon(nn.Module):
@@ -161,10 +196,6 @@ def nt_xent(one: Tensor, two: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
-def _cross(one: Tensor, two: Tensor, temperature: float) -> Tensor:
-    return F.cross_entropy(one @ two.T / temperature, torch.arange(len(one), device=one.device))
-
-
 def make_pretext(
     method: Method, channels: int, deep: int, regions: int, weights: Weights, negatives: Negatives
 ) -> nn.Module:
@@ -172,7 +203,7 @@ def make_pretext(
     makers: dict[Method, Callable[[], nn.Module]] = {
         "usregcon": lambda: UsRegCon(channels, regions, weights, negatives),
         "simclr": lambda: SimClr(deep),
-        "pixcontrast": lambda: PixContrast(channels),
+        "pixpro": lambda: PixPro(channels),
         "detcon": lambda: DetCon(channels),
     }
     return makers[method]()

@@ -100,7 +100,7 @@ def said_of(told: Told) -> dict[str, float]:
     """Return what is written down of a step: the parts of its loss, active regions, entropy, shares of regions."""
     found = dict(told.parts)
     if told.health is not None:
-        found |= {"active": told.health.active, "entropy": told.health.entropy}
+        found |= {key: getattr(told.health, key) for key in ("active", "entropy", "information")}
         found |= {f"share_{k}": share for k, share in enumerate(told.health.shares)}
     return found
 
@@ -110,7 +110,7 @@ def alarm_of(parts: Mapping[str, float]) -> str | None:
     if "active" not in parts:
         return None
     shares = tuple(value for key, value in parts.items() if key.startswith("share_"))
-    why = Health(parts["active"], parts["entropy"], shares).alarm
+    why = Health(parts["active"], parts["entropy"], shares, parts["information"]).alarm
     return f"The regions collapse: {why}. More `between`, fewer regions or a lower lr may help." if why else None
 
 

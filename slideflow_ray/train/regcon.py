@@ -216,21 +216,29 @@ class Health:
     """Whether the regions still divide anything.
 
     active : mean number of active regions of an image; entropy : mean over pixels in nats; shares : mean of each
-    region's share
+    region's share; information : what a pixel's place tells of its region, in nats (the entropy of an image's shares
+    less that of its pixels, mean over images)
     """
 
     active: float
     entropy: float
     shares: tuple[float, ...]
+    information: float
 
     @property
     def alarm(self) -> str | None:
-        """Why the partition has collapsed, or None: at most two regions are left, or pixels belong to all alike."""
-        if self.active <= 2:
+        """Why the partition has collapsed, or None.
+
+        At most two regions are left (of two, one), pixels belong to all alike, or all pixels to the same few alike.
+        """
+        most = math.log(len(self.shares)) if len(self.shares) > 1 else 1.0
+        if self.active <= min(2, len(self.shares) - 1):
             return f"only {self.active:.1f} of {len(self.shares)} regions are active"
-        if self.entropy > 0.95 * math.log(len(self.shares)):
+        if self.entropy > 0.95 * most:
+            return f"pixels belong to all regions alike (entropy {self.entropy:.2f} of {most:.2f})"
+        if self.information < 0.05 * most:
             return (
-                f"pixels belong to all regions alike (entropy {self.entropy:.2f} of {math.log(len(self.shares)):.2f})"
+                f"regions divide no image: a pixel's place tells {self.information:.3f} of {most:.2f} nats of its own"
             )
         return None
 
@@ -238,7 +246,15 @@ class Health:
 def health(regions: Regions) -> Health:
     """Return how an image's regions stand; shares of a batch are averaged."""
     with torch.no_grad():
-        entropy = -(regions.assign * regions.assign.clamp(min=1e-12).log()).sum(1).mean()
+        entropy = _entropy(regions.assign).mean()
         return Health(
-            float(regions.active.sum(1).float().mean()), float(entropy), tuple(regions.share.mean(0).tolist())
+            float(regions.active.sum(1).float().mean()),
+            float(entropy),
+            tuple(regions.share.mean(0).tolist()),
+            float(_entropy(regions.share).mean() - entropy),
         )
+
+
+def _entropy(shares: Tensor) -> Tensor:
+    """Return the entropy in nats along axis 1."""
+    return -(shares * shares.clamp(min=1e-12).log()).sum(1)

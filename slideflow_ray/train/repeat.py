@@ -31,6 +31,7 @@ from slideflow_ray.train.job import Data, card_of, prepare, train
 from slideflow_ray.train.machines import Margin, Table, part_job, table_of, without
 from slideflow_ray.train.spec import MachineSpec, TrainJob
 from slideflow_ray.train.svm import fold_rows, most_folds
+from slideflow_ray.train.weights import People
 
 SHOWN = ("accuracy", "sensitivity", "specificity", "ppv", "npv", "f1", "auc")
 NAMES = ("A", "B", "C")
@@ -158,7 +159,8 @@ def cut(data: Data, rows: Table, away: set[str], seed: int) -> Data:
     folds = fold_rows(labels, patients, max(2, few), seed)
     val = {patients[i] for i in folds[0][1]}
     kept = only(data, set(patients) - val)
-    return replace(kept, chunks={**kept.chunks, "val": only(data, val).chunks["train"]})
+    chunks = {**kept.chunks, "val": only(data, val).chunks["train"]}
+    return replace(kept, chunks=chunks, held=People(frozenset(away)))
 
 
 def only(data: Data, patients: set[str]) -> Data:

@@ -81,14 +81,14 @@ NO_AUGMENTATION = AugmentSpec.model_validate(dict.fromkeys(AugmentSpec.model_fie
 class PretextSpec(Spec):
     """What a network learns without labels (METHODS part 002), and how the two views of a tile may differ in tone.
 
-    method : "usregcon" (regions found by the network), or to compare with "simclr" (whole tiles), "pixcontrast"
+    method : "usregcon" (regions found by the network), or to compare with "simclr" (whole tiles), "pixpro"
         (pixels), "detcon" (regions of a classical segmentation)
     regions : K, prototypes; grey, semantic, consistency : alpha, beta and eta of the joint loss; between : lambda_b
     negatives : whether regions of one index in different tiles repel each other ("all") or not ("masked")
     gamma, contrast : bounds; noise : largest deviation, as a share of 255; blur : largest sigma in px
     """
 
-    method: Literal["usregcon", "simclr", "pixcontrast", "detcon"] = "usregcon"
+    method: Literal["usregcon", "simclr", "pixpro", "detcon"] = "usregcon"
     regions: Annotated[int, Field(ge=2, le=256)] = 8
     grey: NotNegative = 1.0
     semantic: NotNegative = 1.0
@@ -108,7 +108,8 @@ class MachineSpec(Spec):
     Of "two-models" besides
     rules : of joining; judged : predictions by which one is chosen, of "folds" (the first network is trained once more
     for each fold, without its patients) or of "val" (whose patients chose the first network's epoch: a little kind)
-    first, second : bundles that are there already; None trains them here. Bundles are judged on val
+    first, second : bundles that are there already; None trains them here. Bundles are judged on val, and so is what
+    begins with weights that have seen the training patients
     """
 
     kernels: Annotated[tuple[Literal["linear", "rbf"], ...], Field(min_length=1)] = ("linear", "rbf")
@@ -133,8 +134,9 @@ class TrainSpec(Spec):
     """How a network is trained.
 
     `batch_size` is of all workers together. `weights`: "random"; "imagenet", which are looked for below
-    $SLIDEFLOW_RAY_WEIGHTS and never fetched; or a safetensors file. `freeze` percent of the network's blocks, from
-    the first on, keep their weights and batch norm statistics; in the first `head_epochs` all of them do and the
+    $SLIDEFLOW_RAY_WEIGHTS and never fetched; or a safetensors file (of a training of ours: one that has seen nobody of
+    val or test). The encoder of a network of smp begins with a ResNet's. `freeze` percent of the network's blocks,
+    from the first on, keep their weights and batch norm statistics; in the first `head_epochs` all of them do and the
     head learns at `head_lr`. `sampling` "balanced" shows each class as often as the largest, by
     repeating tiles. `keep`: the epoch of lowest validation "loss" is kept, or of highest validation
     "accuracy", of equals the one of lower loss. `patience`: epochs without a better one after which training

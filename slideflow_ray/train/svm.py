@@ -66,14 +66,16 @@ class Fitted:
         return {prefix + key: torch.from_numpy(value.astype(np.float32)) for key, value in arrays.items()}
 
 
-def check_rows(labels: Ints, patients: Sequence[str], folds: int) -> None:
-    """Raise ConfigError where there are not `folds` patients of each class."""
-    for label in (0, 1):
+def check_rows(
+    labels: Ints, patients: Sequence[str], folds: int, classes: Sequence[str] = ("0", "1"), where: str = ""
+) -> None:
+    """Raise ConfigError where there are not `folds` patients of each class; `where` says of what, in words."""
+    for label, name in enumerate(classes):
         whose = {p for p, y in zip(patients, labels, strict=True) if y == label}
         if len(whose) < folds:
             raise ConfigError(
-                f"Class {label} has images of {len(whose)} patients; {folds} folds by patient need {folds}.",
-                next_step="Give more patients, or fewer folds.",
+                f"Class {name} has images of {len(whose)} patients{where}; {folds} folds by patient need {folds}.",
+                next_step="Give more patients, or fewer folds (fit.machine.folds).",
             )
 
 

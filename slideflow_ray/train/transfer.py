@@ -13,8 +13,8 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,30 +26,38 @@ from pydantic import Field, JsonValue, model_validator
 from scipy import stats
 
 from slideflow_ray import storage
+from slideflow_ray.cohort import Item
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.events import Listener, Noted, silent
 from slideflow_ray.models.bundle import NOT_SCORED, WEIGHTS, BundleCard
 from slideflow_ray.models.networks import build
 from slideflow_ray.prepare import to_input
-from slideflow_ray.processes import context
+from slideflow_ray.processes import pool
 from slideflow_ray.specs import Spec, digest
-from slideflow_ray.train.job import Data, card_of, prepare, train
+from slideflow_ray.splits import known_identities
+from slideflow_ray.train.job import Data, card_of, prepare, split_items, train
 from slideflow_ray.train.loop import fit
 from slideflow_ray.train.record import data_record, versions
 from slideflow_ray.train.spec import IMAGENET, RANDOM, TrainJob, TrainSpec, as_pretraining
 from slideflow_ray.train.tiles import ChunkTiles, LabelledChunk
-from slideflow_ray.train.weights import Start, find_weights
+from slideflow_ray.train.weights import People, Start, familiar, find_weights, in_common
 
-Method = Literal["random", "imagenet", "usregcon", "simclr", "pixcontrast", "detcon"]
-METHODS: tuple[Method, ...] = ("random", "usregcon", "simclr", "pixcontrast", "detcon")
+Method = Literal["random", "imagenet", "usregcon", "simclr", "pixpro", "detcon"]
+METHODS: tuple[Method, ...] = ("random", "usregcon", "simclr", "pixpro", "detcon")
+
+INTERVALS = (
+    "95 %, Student's t over paired seeds of fine-tuning; each method was pre-trained once, so they do not hold how "
+    "much pre-training itself varies"
+)
 
 
 class TransferSpec(Spec):
-    """What is compared. `methods`: "random" and what is set against it; "imagenet" where the user has such weights.
+    """What is compared. `methods`: "random" and what is set against it; "imagenet" where the user has such
+    weights, for the encoder of a network of smp's.
 
-    shares : percent of the labelled slides of train; seeds : trainings of each; at_once : trainings at a time, each in
-    a process of its own. pretrain : settings of [fit] for the pre-training (epochs, lr, ...), its table `pretext`
-    without the method; cohort : whose slides it reads, the labelled ones if None.
+    shares : percent of the labelled slides of train; seeds : trainings of each; at_once : trainings, and pre-trainings,
+    at a time, each a process with `threads` of its own. pretrain : settings of [fit] for the pre-training (epochs, lr,
+    ...), its table `pretext` without the method; cohort : whose slides it reads, the labelled ones if None.
     """
 
     methods: tuple[Method, ...] = METHODS
@@ -70,20 +78,39 @@ class TransferSpec(Spec):
 class Cell:
     """One training: what it began with, which share of the labels, the seed; and its Dice on test by class.
 
-    dice : the mean over test slides; slides : how many it was trained on; best : the epoch that was kept.
+    dice : the mean over test slides, None of a class that is nowhere in test and nowhere called; slides : how many it
+    was trained on; best : the epoch that was kept.
     """
 
     method: str
     share: float
     seed: int
     slides: int
-    dice: Mapping[str, float]
+    dice: Mapping[str, float | None]
     best: int = 0
 
     @property
-    def mean(self) -> float:
-        """The mean of the classes' Dice."""
-        return math.fsum(self.dice.values()) / len(self.dice)
+    def mean(self) -> float | None:
+        """The mean of the classes' Dice where they have one."""
+        return _mean(self.dice.values())
+
+    def above(self, other: Cell) -> float | None:
+        """By how much its mean Dice is above another's, over the classes that have one in both."""
+        return _mean(_less(dice, other.dice[name]) for name, dice in self.dice.items())
+
+
+def _less(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _deviation(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.stdev(known) if len(known) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -91,6 +118,8 @@ class Gain:
     """What a method adds to random weights: the mean over seeds of the difference of mean Dice, its 95 % interval.
 
     interval : of Student's t over the seeds, which are paired (the same slides, the same order); None for one seed.
+    One pre-training of each method serves all seeds, so that it holds how fine-tuning varies (the slides drawn, the
+    head, the order), and not how pre-training would, done again with another seed.
     """
 
     method: str
@@ -110,11 +139,11 @@ class Table:
     @property
     def gains(self) -> tuple[Gain, ...]:
         """Of every method but random, by share."""
-        base = {(c.share, c.seed): c.mean for c in self.cells if c.method == RANDOM}
+        base = {(c.share, c.seed): c for c in self.cells if c.method == RANDOM}
         found = []
         for (method, share), cells in self._groups():
-            if method != RANDOM:
-                each = tuple(c.mean - base[c.share, c.seed] for c in cells)
+            differences = [c.above(base[c.share, c.seed]) for c in cells if method != RANDOM]
+            if each := tuple(d for d in differences if d is not None):
                 found.append(Gain(method, share, statistics.fmean(each), t_interval(each), each))
         return tuple(found)
 
@@ -131,8 +160,7 @@ class Table:
             row["seeds"] = len(cells)
             for name in (*cells[0].dice, "mean"):
                 values = [c.mean if name == "mean" else c.dice[name] for c in cells]
-                row[f"dice_{name}"] = statistics.fmean(values)
-                row[f"sd_{name}"] = statistics.stdev(values) if len(values) > 1 else None
+                row[f"dice_{name}"], row[f"sd_{name}"] = _mean(values), _deviation(values)
             gain = gains.get((method, share))
             row["gain"] = gain.mean if gain else None
             row["gain_low"], row["gain_high"] = gain.interval if gain and gain.interval else (None, None)
@@ -145,7 +173,7 @@ class Table:
             "table": self.rows(),
             "cells": [vars(c) | {"dice": dict(c.dice)} for c in self.cells],
             "gains": [vars(g) for g in self.gains],
-            "intervals": "95 %, Student's t over paired seeds",
+            "intervals": INTERVALS,
             "notes": list(self.notes),
         }
 
@@ -166,13 +194,14 @@ class Table:
             cells = [_percent(row[f"dice_{name}"], row[f"sd_{name}"]) for name in names]
             line = f"{row['labels_percent']:>6g}% {row['method']:<12}" + "".join(f"{cell:>16}" for cell in cells)
             lines.append(line + _gain(row))
-        lines.append(
-            f"Dice in percent, mean and deviation over {rows[0]['seeds']} seeds. {self.to_json()['intervals']}."
-        )
+        lines.append(f"Dice in percent, mean and deviation over {rows[0]['seeds']} seeds.")
+        lines.append(f"Intervals of the gain: {INTERVALS}.")
         return "\n".join([*lines, *self.notes])
 
 
-def _percent(mean: float, sd: float | None) -> str:
+def _percent(mean: float | None, sd: float | None) -> str:
+    if mean is None:
+        return "-"
     return f"{100 * mean:.2f}" + ("" if sd is None else f" ± {100 * sd:.2f}")
 
 
@@ -204,14 +233,17 @@ def transfer(job: TrainJob, spec: TransferSpec, listen: Listener = silent) -> Ta
 
     job : a segmentation's training; its `fit` is every cell's, but for weights and seed. Pre-trained weights and cells
     stay below job.work/transfer: killed, it goes on when called again.
-    Raises ConfigError (no segmentation, no labelled slide in val or test, a share without some class), NanScore.
+    Raises ConfigError (no segmentation, no labelled slide in val or test, a share without some class, "imagenet" for a
+    network that has no such weights, a pre-training on those who judge), NanScore.
     """
     if job.task != "segment":
         raise ConfigError(f'Dice is of segmentations, and the task is "{job.task}".')
+    if IMAGENET in spec.methods:  # a network that has none is refused before hours of training
+        find_weights(job.fit.model_copy(update={"weights": IMAGENET}))
     data = prepare(job, listen, ("train", "val", "test"))
     if empty := [split for split in ("val", "test") if not len(data.source(split))]:
         raise ConfigError(f"{job.cohort} has no labelled slide in split {' and '.join(empty)}.")
-    starts, notes = _starts(job, spec, listen)
+    starts, notes = _starts(job, spec, data, listen)
     work = [
         _Work(job, card_of(job, data.targets), data, start, method, share, seed)
         for (method, start), share, seed in itertools.product(starts.items(), spec.shares, range(spec.seeds))
@@ -219,10 +251,16 @@ def transfer(job: TrainJob, spec: TransferSpec, listen: Listener = silent) -> Ta
     return Table(tuple(_worked_off(work, spec.at_once, listen)), notes)
 
 
-def _starts(job: TrainJob, spec: TransferSpec, listen: Listener) -> tuple[dict[str, Start], tuple[str, ...]]:
+def _starts(
+    job: TrainJob, spec: TransferSpec, data: Data, listen: Listener
+) -> tuple[dict[str, Start], tuple[str, ...]]:
     """The weights that each method begins with; one of ImageNet that is not there is left out, and said."""
     found: dict[str, Start] = {}
     notes = []
+    jobs = {method: pretraining_of(job, spec, method) for method in spec.methods if method not in (RANDOM, IMAGENET)}
+    for pretraining in list(jobs.values())[:1]:  # all read the same cohort
+        check_apart(job, pretraining)
+    _pretrain(jobs, spec.at_once, listen)
     for method in spec.methods:
         if method in (RANDOM, IMAGENET):
             start = find_weights(job.fit.model_copy(update={"weights": method}))
@@ -230,12 +268,59 @@ def _starts(job: TrainJob, spec: TransferSpec, listen: Listener) -> tuple[dict[s
                 notes.append(start.note)
                 continue
         else:
-            listen(Noted(f"Pre-training by {method}"))
-            pretraining = pretraining_of(job, spec, method)
-            train(pretraining, listen)
-            start = find_weights(job.fit.model_copy(update={"weights": f"{pretraining.out}/{WEIGHTS}"}))
+            fit_ = job.fit.model_copy(update={"weights": f"{jobs[method].out}/{WEIGHTS}"})
+            if note := familiar(fit_.weights, data.people).note:
+                notes.append(note)
+            start = find_weights(fit_)
         found[method] = start
     return found, tuple(notes)
+
+
+def _pretrain(jobs: Mapping[Method, TrainJob], at_once: int, listen: Listener) -> None:
+    """Pre-train by each method, `at_once` at a time on the same tiles; on Ray one after the other, which it fills."""
+    if at_once == 1 or len(jobs) < 2 or any(job.crew.kind == "ray" for job in jobs.values()):
+        for method, job in jobs.items():
+            listen(Noted(f"Pre-training by {method}"))
+            train(job, listen)
+        return
+    listen(Noted(f"Pre-training by {', '.join(jobs)}, {at_once} at a time"))
+    data = prepare(next(iter(jobs.values())), listen)
+    with pool(at_once) as several:
+        todo = {several.submit(_pretrained, job, data): method for method, job in jobs.items()}
+        for done in as_completed(todo):
+            for said in done.result():
+                listen(Noted(f"{todo[done]}: {said}"))
+
+
+def _pretrained(job: TrainJob, data: Data) -> list[str]:
+    """Pre-train in a process of a pool; return what was noted, such as the alarms."""
+    said: list[str] = []
+    train(job, lambda event: said.append(event.text) if isinstance(event, Noted) else None, data)
+    return said
+
+
+def check_apart(job: TrainJob, pretraining: TrainJob) -> None:
+    """Raise ConfigError where a pre-training would learn from patients or files that judge the labelled cohort.
+
+    Val and test must not be learnt from, and test must not choose the pre-training's epoch either; labelled or not.
+    """
+    labelled, unlabelled = (
+        {split: [i for i in items if i.split == split] for split in ("train", "val", "test")}
+        for items in (split_items(job), split_items(pretraining))
+    )
+    for mine, theirs in (("test", "train"), ("test", "val"), ("val", "train")):
+        if told := in_common(_who(labelled[mine]), _who(unlabelled[theirs])):
+            raise ConfigError(
+                f"The pre-training would read {told[0]} of split {mine} of {job.cohort} from {pretraining.cohort} "
+                f"({told[1]}).",
+                next_step="Leave their rows out of the unlabelled cohort, or give both cohorts the same split.",
+            )
+
+
+def _who(items: Sequence[Item]) -> People:
+    """Patients, and files by their place and by the column sha256."""
+    places = {i.uri if storage.is_remote(i.uri) else str(storage.local_path(i.uri).resolve()) for i in items}
+    return People(frozenset(i.patient for i in items), frozenset({*places, *known_identities(items).values()}))
 
 
 def pretraining_of(job: TrainJob, spec: TransferSpec, method: str) -> TrainJob:
@@ -331,14 +416,18 @@ def _worked_off(work: Sequence[_Work], at_once: int, listen: Listener) -> list[C
         for one in todo:
             listen(Noted(_said(_train(one))))
     else:
-        with ProcessPoolExecutor(at_once, mp_context=context()) as pool:
-            for done in as_completed([pool.submit(_train, one) for one in todo]):
+        with pool(at_once) as several:
+            for done in as_completed([several.submit(_train, one) for one in todo]):
                 listen(Noted(_said(done.result())))
     return [Cell(**(storage.read_json(path) or {})) for path in paths]
 
 
 def _said(cell: Cell) -> str:
-    return f"{cell.method}, {cell.share:g} % of the labels, seed {cell.seed}: mean Dice {cell.mean:.4f}"
+    return f"{cell.method}, {cell.share:g} % of the labels, seed {cell.seed}: mean Dice {_number(cell.mean)}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _train(work: _Work) -> Cell:
@@ -356,10 +445,10 @@ def _train(work: _Work) -> Cell:
 
 def dice_of(
     card: BundleCard, state: Mapping[str, torch.Tensor], source: ChunkTiles, spec: TrainSpec
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return the Dice of each class but the first: of each slide by the pixels of its tiles' cores, then the mean.
 
-    Slides where the class is neither found nor annotated are left out; NaN where that is so of all.
+    Slides where the class is neither found nor annotated are left out; None where that is so of all.
     """
     net = build(card.architecture, card.arguments, card.n_classes, card.channels)
     net.load_state_dict(dict(state))
@@ -373,7 +462,7 @@ def dice_of(
         name: [2 * t[i, 0] / t[i, 1:].sum() for t in tables.values() if t[i, 1:].any()]
         for i, name in enumerate(card.classes)
     }
-    return {name: float(np.mean(v)) if v else math.nan for name, v in list(each.items())[1:]}
+    return {name: float(np.mean(v)) if v else None for name, v in list(each.items())[1:]}
 
 
 def _called(card: BundleCard, net: torch.nn.Module, pixels: Any) -> npt.NDArray[np.int64]:
