@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,14 @@ Rgb = npt.NDArray[np.uint8]
 Row = dict[str, Any]
 
 
-def objects_page(out: Path, record: Mapping[str, Any], found: Evaluation) -> list[dict[str, Any]]:
-    """Return what the report shows of each segmentation's objects; nothing where the tables are not there yet."""
-    of = cascades(record, found.points)
+def objects_page(
+    out: Path, record: Mapping[str, Any], found: Evaluation, layers: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Return what the report shows of each segmentation's objects; nothing where the tables are not there yet.
+
+    layers : nodes of segmentations of layers, whose objects are pieces of no meaning: shown only if a model judges them
+    """
+    of = [cascade for cascade in cascades(record, found.points) if cascade.judges or cascade.node not in layers]
     try:
         objects, counts = (read_table(out / f"{name}.parquet") if of else [] for name in ("objects", "counts"))
     except FileNotFoundError:

@@ -167,7 +167,8 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "notes": found.notes if found else (),
         "models": [
             _model(m, found or Evaluation(), tables)
-            | {"temperature": temperatures.get(m["node"]), "overlaps": _overlaps(m, found, measured)}
+            | {"temperature": temperatures.get(m["node"]), "layers": m["node"] in measured}
+            | {"overlaps": _overlaps(m, found, measured)}
             for m in record["models"]
         ],
         "settings": _settings(record),
@@ -177,7 +178,7 @@ def page(out: Path, cards: int = CARDS) -> dict[str, Any]:
         "probability": _probability,
         "stale": current.stale,
         "lesions": current.lesions,
-        "objects": objects_page(out, record, found or Evaluation()),
+        "objects": objects_page(out, record, found or Evaluation(), measured),
         "explained": explained_page(out),
         "overlaps": found.overlaps if found else (),
         "walls": walls_page(out, record, _table(out / "patients.parquet") if found else []),
@@ -342,10 +343,14 @@ def _shown(confusion: Confusion) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outline:
-    """A path in px0 and what it means: 'tissue', 'truth' (of the class told from the rest) or 'other'."""
+    """A path in px0 and what it means: 'tissue', 'truth' (of the class told from the rest) or 'other'.
+
+    colour : of the class in the masks of a segmentation, "" where no segmentation knows it
+    """
 
     kind: str
     path: str
+    colour: str = ""
 
 
 def card(out: Path, item: Item, record: Mapping[str, Any], found: Evaluation) -> dict[str, Any]:
@@ -430,9 +435,10 @@ def _truth(item: Item, record: Mapping[str, Any], missing: list[str]) -> Iterato
     names = record["spec"]["labels"]["names"]
     backgrounds = {model["classes"][0] for model in record["models"] if model["task"] == "classify"}
     for name, ring in rings_px0(regions):
-        classes = next((m["classes"] for m in record["models"] if class_of(name, m["classes"], names)), ())
-        kind = "other" if class_of(name, classes, names) in backgrounds else "truth"
-        yield Outline(kind, svg_path(ring))
+        model = next((m for m in record["models"] if class_of(name, m["classes"], names)), None)
+        known = class_of(name, model["classes"], names) if model else None
+        colour = _class_colour(model["classes"].index(known)) if model and model["task"] == "segment" else ""
+        yield Outline("other" if known in backgrounds else "truth", svg_path(ring), colour)
 
 
 def _tissue(store: SlideStore) -> Iterator[Outline]:

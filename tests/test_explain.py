@@ -193,7 +193,7 @@ def test_a_run_is_explained_and_the_report_shows_it(ran, pixels, capsys):
     assert one["hottest_px"] == [x, y]
     page = write_report(ran).read_text()
     assert "Where whole looks" in page
-    assert page.count("<figcaption>saliency</figcaption>") == 1
+    assert page.count(">saliency</figcaption>") == 1
 
 
 def test_a_slide_is_explained_at_its_highest_tile(ran):
