@@ -19,12 +19,14 @@ from slideflow_ray.compare import Settings, compare
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.models.bundle import read_card
 from slideflow_ray.models.networks import headless, load_network
+from slideflow_ray.phantoms.files import write_csv
 from slideflow_ray.phantoms.tem import write_tem_cohort
 from slideflow_ray.promote import Terms, promote
 from slideflow_ray.slides import open_slide
 from slideflow_ray.train.job import train
 from slideflow_ray.train.repeat import Repeats, repeat
 from slideflow_ray.train.spec import TrainJob, load_train, read_job
+from slideflow_ray.train.weights import People, familiar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))
 import granules
@@ -141,6 +143,69 @@ def test_features_of_a_backbone_that_knows_the_patients_are_judged_on_val(joined
         train(job_of(out / "turned.csv", out, "e", fit=fit))
 
 
+@pytest.fixture
+def resplit(cohort, tmp_path):
+    """Writes the cohort with other splits."""
+
+    def made(change: dict[str, str]) -> Path:
+        rows = list(csv.DictReader(cohort.read_text().splitlines()))
+        for row in rows:
+            row |= {"split": change.get(row["split"], row["split"]), "annotation": ""}
+            row["uri"] = str(cohort.parent / row["uri"])
+        with (tmp_path / "other.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        return tmp_path / "other.csv"
+
+    return made
+
+
+def test_every_training_refuses_weights_that_have_seen_who_judges_it(joined, resplit, tmp_path):
+    """A plain network begun with a recorded bundle: its patients of train, or those that chose its epoch, are test."""
+    first = joined[0] / "work" / "parts" / "c-first"
+    swapped = {"train": "val", "val": "train"}
+    for change, said in (
+        (swapped, "trained on 12 patients of this training's val split"),
+        ({"train": "test", "test": "train"}, "trained on 12 patients of this training's test split"),
+        ({"val": "test", "test": "val"}, "chosen by 4 patients of this training's test split"),
+    ):
+        for weights in (first, first / "weights.safetensors"):
+            fit = {"architecture": NET, "weights": str(weights)}
+            with pytest.raises(ConfigError, match=said):
+                train(job_of(resplit(change), tmp_path, "e", fit=fit))
+    fit = {"architecture": NET, "weights": str(first)}
+    assert train(job_of(resplit({}), tmp_path, "f", fit=fit)).changed
+
+
+def test_a_pretraining_that_saw_val_is_said_and_one_that_saw_test_refused(tmp_path):
+    people = {"train": People(frozenset("ab")), "val": People(frozenset("c")), "test": People(frozenset("d"))}
+
+    def seen(train, val=()):
+        data = {"patients": {"train": list(train), "val": list(val)}}
+        (tmp_path / "training.json").write_text(json.dumps({"settings": {"task": "pretrain"}, "data": data}))
+        return familiar(str(tmp_path), people)
+
+    assert seen("ax", "c") == (1, "")
+    assert "trained on 1 patients of this training's val split (c), without labels" in seen("abc").note
+    for train_, val in (("ad", ""), ("a", "d")):
+        with pytest.raises(ConfigError, match="test split"):
+            seen(train_, val)
+    assert familiar(str(tmp_path / "elsewhere" / "weights.safetensors"), people) == (0, "")
+
+
+def test_two_models_begun_with_weights_that_know_the_patients_are_joined_on_val(joined, cohort):
+    """Left out of a fold, a patient is not unseen: the weights that every fold begins with have learnt from it."""
+    out, _, _ = joined
+    fit = {**TWO, "weights": str(out / "work" / "parts" / "c-first")}
+    said = []
+    told = record(train(job_of(cohort, out, "k", fit=fit), said.append).bundle)
+    assert told["join"]["judged"] == "val"
+    assert record(out / "work" / "parts" / "k-second")["machine"]["judged"] == "val"
+    assert not list((out / "work" / "parts").glob("k-first-*"))
+    assert any("has seen 12 of the training patients" in getattr(event, "text", "") for event in said)
+
+
 def test_two_bundles_are_joined_on_val_by_a_machine_on_the_features_of_both(joined, cohort):
     """The machine's oracle is scikit-learn's own, on features taken from the two networks by hand."""
     out, _, _ = joined
@@ -190,6 +255,12 @@ def test_every_fold_is_predicted_once_by_models_of_other_patients(repeated, coho
     assert seen[0] | seen[1] == everyone
     assert not (everyone - seen[0]) & (everyone - seen[1])
     assert found.about["images"] == len(rows)
+
+
+def test_folds_are_not_predicted_by_what_begins_with_weights_that_have_seen_them(joined, cohort, tmp_path):
+    weights = str(joined[0] / "work" / "parts" / "c-first")
+    with pytest.raises(ConfigError, match="of this training's test split"):
+        repeat(job_of(cohort, tmp_path, fit={**TWO, "weights": weights}), Repeats(folds=2, seeds=1))
 
 
 def test_figures_are_scikit_learns(repeated, cohort):
@@ -285,3 +356,21 @@ def test_too_few_patients_are_said(cohort, tmp_path):
     fit = {"architecture": "skip-svm", "arguments": {"backbone": NET}, "machine": {"folds": 9}}
     with pytest.raises(ConfigError, match="6 patients; 9 folds by patient need 9"):
         train(job_of(cohort, tmp_path, fit=fit))
+
+
+@pytest.mark.parametrize(
+    ("machine", "cause"),
+    [({"folds": 9}, "Class none has images of 6 patients in train; 9 folds"), ({"judged": "val"}, "in val; 2 folds")],
+)
+def test_too_few_patients_to_join_on_are_said_before_anything_is_trained(machine, cause, cohort, tmp_path):
+    rows = list(csv.DictReader(cohort.read_text().splitlines()))
+    val = sorted({row["patient_id"] for row in rows if row["split"] == "val"})
+    kept = [row for row in rows if row["patient_id"] not in val[2:]]
+    uris = {row["slide_id"]: str(cohort.parent / row["uri"]) for row in rows}
+    short = write_csv(
+        tmp_path / "cohort.csv", [{**row, "uri": uris[row["slide_id"]], "annotation": ""} for row in kept]
+    )
+    fit = {"architecture": "two-models", "arguments": {"second": {"backbone": NET}}, "machine": {"folds": 2, **machine}}
+    with pytest.raises(ConfigError, match=cause):
+        train(job_of(short, tmp_path, fit=fit))
+    assert not (tmp_path / "work" / "parts").exists()

@@ -356,6 +356,9 @@ def test_doctor_says_what_it_finds(tmp_path, capsys):
     assert "scale bar      100 px\n" in out
     assert f"y 0 to {bottom};" in out
     assert "nm_per_px" in out
+    assert "--retry" not in out
+    assert main("doctor", str(tmp_path / "a.png"), "--mpp", "5") == 2
+    assert "5 nm are 0.005" in capsys.readouterr().err
     assert main("doctor", str(tmp_path / "a.png"), "--mpp", "0.02") == 0
     assert "100 px, 2,000 nm" in capsys.readouterr().out
 

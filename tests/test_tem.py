@@ -98,6 +98,10 @@ def test_the_cohort_splits_patients_and_states_its_truth(tmp_path):
     truth = json.loads((tmp_path / "tem-001-00.truth.json").read_text())
     assert truth["granules_px"]
     assert 200 < truth["harmonic_nm"] <= truth["thickness_nm"] < 550
+    contrasts = [json.loads((tmp_path / f"{i.slide_id}.truth.json").read_text())["contrast"] for i in items]
+    drawn = [c for c, i in zip(contrasts, items, strict=True) if i.label == "granule"]
+    assert all(0.7 <= c <= 1 for c in drawn)
+    assert len(set(drawn)) == len(drawn) == 10
     with tifffile.TiffFile(tmp_path / "tem-001-00.tif") as file:
         assert file.pages[0].shape == (80, 96)
         assert file.pages[0].get_resolution("micrometer")[0] == pytest.approx(1 / 0.020)

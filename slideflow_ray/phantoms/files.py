@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from PIL import Image
 
 from slideflow_ray.errors import ConfigError
 from slideflow_ray.phantoms.shapes import Pixels
-from slideflow_ray.processes import context
+from slideflow_ray.processes import pool
 
 Split = Literal["train", "val", "test"]
 
@@ -63,8 +62,8 @@ def in_processes[Job, Made](make: Callable[[Job], Made], jobs: Sequence[Job], wo
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     if workers <= 1:
         return [make(job) for job in jobs]
-    with ProcessPoolExecutor(workers, mp_context=context()) as pool:
-        return list(pool.map(make, jobs, chunksize=-(-len(jobs) // (8 * workers))))
+    with pool(workers) as several:
+        return list(several.map(make, jobs, chunksize=-(-len(jobs) // (8 * workers))))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:

@@ -334,14 +334,15 @@ def write_tem_cohort(
     size_px: tuple[int, int] = (512, 512),
     nm_per_px: float = 8.0,
     seed: int = 0,
-    contrast: float = 1.0,
+    contrast: tuple[float, float] = (0.7, 1.0),
     workers: int = 0,
 ) -> Path:
     """Write micrographs with their truth; return cohort.csv.
 
-    Half of the patients have granules (in every image of theirs, in growing number), split 6:2:2 by patient, each
-    patient with a membrane of its own thickness and one of three microscopes. Beside each image lie its
-    mask as GeoJSON and NAME.truth.json: mean and harmonic mean thickness in nm, granules.
+    Half of the patients have granules (in every image of theirs, in varying number), split 6:2:2 by patient, each
+    patient with a membrane of its own thickness and one of three microscopes. contrast : the range that the granules'
+    contrast is drawn from, image by image. Beside each image lie its mask as GeoJSON and NAME.truth.json: mean and
+    harmonic mean thickness in nm, granules and their contrast.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -362,7 +363,7 @@ class _Job:
     split: Split
     size_px: tuple[int, int]
     nm_per_px: float
-    contrast: float
+    contrast: tuple[float, float]
 
 
 def _split(patient: int, patients: int) -> Split:
@@ -380,9 +381,10 @@ def _write(job: _Job) -> dict[str, Any]:
     scope = job.patient // 2 % len(MICROSCOPES)
     count = 1 + int(rng.poisson(1.5)) if job.patient % 2 else 0
     at = (job.seed, job.patient, job.number)
-    drawn = draw_micrograph(at, job.size_px, job.nm_per_px, count, thickness, job.contrast, MICROSCOPES[scope])
+    contrast = float(rng.uniform(*job.contrast))
+    drawn = draw_micrograph(at, job.size_px, job.nm_per_px, count, thickness, contrast, MICROSCOPES[scope])
     name = f"tem-{job.patient:03}-{job.number:02}"
-    _write_files(job.folder / name, drawn)
+    _write_files(job.folder / name, drawn, contrast)
     return {
         "slide_id": name,
         "uri": f"{name}.tif",
@@ -396,7 +398,7 @@ def _write(job: _Job) -> dict[str, Any]:
     }
 
 
-def _write_files(path: Path, drawn: Micrograph) -> None:
+def _write_files(path: Path, drawn: Micrograph, contrast: float) -> None:
     import tifffile
 
     per_cm = 1e7 / drawn.nm_per_px
@@ -407,5 +409,6 @@ def _write_files(path: Path, drawn: Micrograph) -> None:
         "thickness_nm": float(drawn.thickness_nm.mean()) if drawn.thickness_nm.size else None,
         "harmonic_nm": float(1 / (1 / drawn.thickness_nm).mean()) if drawn.thickness_nm.size else None,
         "granules_px": drawn.granules_px.round(2).tolist(),
+        "contrast": round(contrast, 3) if len(drawn.granules_px) else None,
     }
     path.with_suffix(".truth.json").write_text(json.dumps(truth) + "\n", encoding="utf-8")

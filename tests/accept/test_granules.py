@@ -86,11 +86,11 @@ def test_granules_of_unseen_patients_are_told(trained, compared):
     for name, one in zip(bundles, found["bundles"], strict=True):
         tile = next(m for m in one["measured"] if m["level"] == "tile")
         record = json.loads((Path(one["path"]) / "training.json").read_text())
-        best = record["epochs"][record["best_epoch"]]["val"]
+        best = record["epochs"][record["best_epoch"]]
         shown = ("accuracy", "sensitivity", "specificity", "ppv", "npv", "f1", "auc")
         values = {key: round(tile["values"][key], 4) for key in shown}
         interval = tile["intervals"]["auc"] and [round(v, 4) for v in tile["intervals"]["auc"]]
-        figures[name] = {"test": values, "auc 95 % by patient": interval, "val auc": round(best["auc"], 4)}
+        figures[name] = {"test": values, "auc 95 % by patient": interval, "val auc": round(best["val_auc"], 4)}
         figures[name] |= {"images": tile["rows"], "patients": tile["patients"]}
         figures[name] |= {key: record[key] for key in ("machine", "join") if key in record}
     names = {one["label"]: name for name, one in zip(bundles, found["bundles"], strict=True)}
@@ -123,7 +123,7 @@ def hits(folder: Path, maps: list[dict], cohort: Path) -> dict[str, dict]:
 def test_maps_are_hot_at_granules(trained, compared, cohort):
     run, _ = compared
     _, bundles, _ = trained
-    rows = list(csv.DictReader(cohort.open()))
+    rows = list(csv.DictReader(cohort.read_text().splitlines()))
     test = [r["slide_id"] for r in rows if (r["split"], r["label"]) == ("test", "granule")][::3]
     items = [f"--item={slide}" for slide in test]
     found = {}

@@ -55,13 +55,18 @@ def training(cohort: Path, tile_px: int, halo_px: int, **fit) -> dict:
 
 @pytest.fixture(scope="module")
 def micrographs(tmp_path_factory) -> Path:
-    """Four micrographs of 4 x 4 um of each of 20 patients."""
-    return write_tem_cohort(tmp_path_factory.mktemp("tem"), patients=20, images=4, size_px=(256, 256), nm_per_px=NM)
+    """Three micrographs of 4 x 4 um of each of 30 patients; test has six, and five are the fewest for an interval.
+
+    Granules are as dark as they come, which is the hardest for the membrane that they lie in.
+    """
+    drawn = {"patients": 30, "images": 3, "size_px": (256, 256), "nm_per_px": NM, "contrast": (1.0, 1.0)}
+    return write_tem_cohort(tmp_path_factory.mktemp("tem"), **drawn)
 
 
 def test_walls_of_unseen_patients_are_segmented_and_their_membranes_measured(micrographs):
     folder = micrographs.parent
-    fit = {"arguments": {"levels": 4, "width": 8}, "epochs": 90, "batch_size": 4, "lr": 8e-3, "warmup": 1}
+    fit = {"arguments": {"levels": 4, "width": 8}, "epochs": 90, "batch_size": 4, "lr": 4e-3, "warmup": 1}
+    fit["class_weights"] = "balanced"  # without, the thin endothelium was found after 60 epochs, at a Dice of 0.51
     (folder / "train.toml").write_text(toml(training(micrographs, 288, 16, **fit)))
     run = {"cohort": str(micrographs), "out": "out", "tissue": {"rule": "everything"}}
     run["model"] = [{"path": "walls", "thickness": WALL}]
@@ -173,7 +178,7 @@ def score(assignment: tuple[int, ...], train: list, labels: dict) -> float:
 
 
 SHARES, SEEDS = [1, 5, 10, 100], 5
-METHODS = ["random", "usregcon", "simclr", "pixcontrast", "detcon"]
+METHODS = ["random", "usregcon", "simclr", "pixpro", "detcon"]
 UNLABELLED = 210
 """Micrographs of 512 px of other patients; the 2,016 tiles of train are pre-trained on. 96 images have labels.
 
@@ -197,7 +202,7 @@ def test_the_table_of_source_002_at_128_px(tmp_path):
     settings = training(cohort, 160, 16, **fit)
     told = {"methods": METHODS, "shares": SHARES, "seeds": SEEDS, "at_once": 2}
     told["cohort"] = str(unlabelled(tmp_path / "unlabelled"))
-    told["pretrain"] = {"epochs": 5, "batch_size": 16, "lr": 1e-3, "warmup": 1, "threads": 2}
+    told["pretrain"] = {"epochs": 5, "batch_size": 16, "lr": 1e-3, "warmup": 1, "threads": 1}
     (tmp_path / "train.toml").write_text(toml(settings | {"transfer": told}))
     _, seconds = stage(tmp_path, str(ROOT / "jobs" / "ultrastructure.py"), "train.toml", "--out", "table")
     found = json.loads((tmp_path / "table" / "transfer.json").read_text())
