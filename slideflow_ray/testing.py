@@ -217,10 +217,10 @@ def _strikes(fault: Fault, folder: Path) -> bool:
 
 
 def _claim(folder: Path, what: str, times: int) -> bool:
-    """Take one of so many turns; whoever creates the file has it."""
+    """Take one of so many turns; whoever creates the file has it, and its process id is in it."""
     for i in range(times):
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(folder / f"{what}-{i}", os.O_CREAT | os.O_EXCL))
+        with contextlib.suppress(FileExistsError), (folder / f"{what}-{i}").open("x") as file:
+            file.write(str(os.getpid()))
             return True
     return False
 

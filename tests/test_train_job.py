@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import pickle
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -73,6 +74,24 @@ def test_the_order_is_the_seed_s_and_the_epoch_s(source):
     assert order(source, 0) != order(source, 1)
     assert order(source, 0, seed=0) != order(source, 0, seed=1)
     assert order(source, 0) != sorted(order(source, 0))
+
+
+@pytest.mark.parametrize(("buffer_bytes", "times"), [(2 * 36 * 8 * 8 * 3, 1), (2 * 36 * 8 * 8 * 3 - 2, 2)])
+def test_what_fits_half_of_the_buffer_is_read_once(source, buffer_bytes, times, monkeypatch):
+    read = Counter()
+
+    def counted(context, chunk, *more):
+        read[chunk.item.slide_id, chunk.index] += 1
+        return real(context, chunk, *more)
+
+    real = tiles_module.read_chunk
+    monkeypatch.setattr(tiles_module, "read_chunk", counted)
+    source.buffer_bytes = buffer_bytes
+    assert order(source, 0) != order(source, 1)
+    assert read == {("a", 0): times, ("a", 1): times, ("b", 0): times}
+    sent = pickle.loads(pickle.dumps(source))
+    order(sent, 0)
+    assert read == {("a", 0): times + 1, ("a", 1): times + 1, ("b", 0): times + 1}, "pixels are not sent along"
 
 
 def test_slides_are_mixed_within_a_batch(source):

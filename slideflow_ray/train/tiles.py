@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -145,7 +146,9 @@ class ChunkTiles:
     """Batches of labelled tiles, read through `pipeline.read_chunk`, the path that scoring takes.
 
     A few chunks of different slides are held at a time and mixed, so memory stays below
-    `buffer_bytes` whatever the size of the cohort. The order depends on (seed, epoch) alone.
+    `buffer_bytes` whatever the size of the cohort. What fits into half of that is read once and kept: a store a
+    micrograph, opened anew in each epoch, took as long as a small network's steps. The order depends on
+    (seed, epoch) alone.
 
     part : (index, of) when several share the work. Chunks are dealt out anew in each epoch, the largest first to
     whoever has fewest tiles. even : each gives as many batches as the one with most tiles, beginning again where its
@@ -158,6 +161,7 @@ class ChunkTiles:
     part: tuple[int, int] = (0, 1)
     even: bool = False
     _slides: OpenSlides = field(default_factory=OpenSlides, repr=False)
+    _kept: dict[int, tuple[Pixels, Labels]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.chunks = tuple(c for c in self.chunks if c.used.any())
@@ -168,7 +172,7 @@ class ChunkTiles:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave open slides behind when sent to another process."""
-        return {**self.__dict__, "_slides": None}
+        return {**self.__dict__, "_slides": None, "_kept": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open slides anew."""
@@ -249,7 +253,7 @@ class ChunkTiles:
         window: list[tuple[LabelledChunk, Counts]] = []
         size = 0
         for c, rows in mine:
-            more = max(len(rows), c.chunk.tiles) * c.chunk.tile.tile_px**2 * 3
+            more = max(len(rows) * c.chunk.tile.tile_px**2 * 3, _bytes(c))
             if window and size + more > self.buffer_bytes:
                 yield window
                 window, size = [], 0
@@ -258,13 +262,28 @@ class ChunkTiles:
         if window:
             yield window
 
+    @cached_property
+    def _keeps(self) -> bool:
+        return sum(_bytes(c) for c in self.chunks) <= self.buffer_bytes / 2
+
     def _load(self, c: LabelledChunk, rows: Counts) -> Batch:
+        found = self._kept.get(id(c)) or self._read(c)
+        if self._keeps:
+            self._kept[id(c)] = found
+        pixels, labels = found
+        return Batch(pixels[rows], labels[rows], np.full(len(rows), c.stain, np.int64))
+
+    def _read(self, c: LabelledChunk) -> tuple[Pixels, Labels]:
+        """All tiles of a chunk, in the colours they are to have, and their labels or masks."""
         pixels = read_chunk(self.context, c.chunk, self._slides)
-        pixels = (restained(pixels, *c.colours) if c.colours else pixels)[rows]
-        labels = c.labels[rows]
-        if c.masks is not None:
-            labels = SlideStore(self.context.out, c.chunk.item.slide_id).read(c.masks, c.chunk.index)[rows]
-        return Batch(pixels, labels, np.full(len(rows), c.stain, np.int64))
+        pixels = restained(pixels, *c.colours) if c.colours else pixels
+        if c.masks is None:
+            return pixels, c.labels
+        return pixels, SlideStore(self.context.out, c.chunk.item.slide_id).read(c.masks, c.chunk.index)
+
+
+def _bytes(c: LabelledChunk) -> int:
+    return int(c.chunk.tiles * c.chunk.tile.tile_px**2 * 3)
 
 
 def _weight(c: LabelledChunk) -> float:
