@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from slideflow_ray.specs import RunSpec
 from slideflow_ray.store import SlideStore
 from slideflow_ray.train import job as job_module
 from slideflow_ray.train.augment import augment_both, augmentation
+from slideflow_ray.train.choose import Candidate
 from slideflow_ray.train.dense import settled, small_core
 from slideflow_ray.train.job import prepare, train
-from slideflow_ray.train.loop import mask_loss, mean_dice
+from slideflow_ray.train.loop import EpochResult, Validation, best_of, mask_loss, mean_dice
 from slideflow_ray.train.masks import areas_of, draw, shown_by
 from slideflow_ray.train.spec import AugmentSpec, TrainJob
 
@@ -183,6 +185,18 @@ def test_mean_dice_is_that_of_sets():
     assert mean_dice(np.diag([5, 0])) == 1.0
 
 
+def test_the_epoch_of_highest_dice_is_kept_where_that_is_asked_for():
+    """As overfitted networks go: more of each class is found while the loss rises again."""
+    seen = [(0.9, 0.5, 0.6), (0.5, 0.9, 0.7), (0.7, 0.8, 0.8), (0.8, 0.8, 0.8), (0.9, 0.8, 0.75)]
+    history = [
+        EpochResult(i, 1.0, 0.1, Validation(loss, hit, math.nan, dice)) for i, (loss, hit, dice) in enumerate(seen)
+    ]
+    assert [best_of(history, keep) for keep in ("loss", "accuracy", "dice")] == [1, 1, 2]
+    others = [Candidate({}, loss, hit, None, 3, dice) for loss, hit, dice in seen]
+    assert min(others, key=lambda one: one.rank("dice")) is others[2]
+    assert others[2].value("dice") == others[2].to_json()["val_dice"] == 0.8
+
+
 # training
 
 
@@ -245,6 +259,7 @@ def test_a_halo_smaller_than_the_reach_is_measured(trained, cohort, tmp_path):
     [
         ({"fit": {"augment": {"mixup": 0.4}}}, "mixup"),
         ({"tile": None, "whole": {"tile_px": 64, "fit": "pad"}}, "needs tiles"),
+        ({"task": "classify", "fit": {"keep": "dice"}}, 'Dice is of segmentations, and the task is "classify"'),
     ],
 )
 def test_what_makes_no_sense_of_a_segmentation_is_said(values, cause):

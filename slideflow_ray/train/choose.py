@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import ray
 from pydantic import Field
@@ -26,10 +26,10 @@ from slideflow_ray.specs import ExecutorSpec, Positive, Spec, digest
 from slideflow_ray.train.job import Data, TrainResult, card_of, check_out, check_weights, prepare, train
 from slideflow_ray.train.loop import EpochResult, Progress, Validation, fit, rank
 from slideflow_ray.train.record import CURVES, METRICS, RECORD, data_record, versions
-from slideflow_ray.train.spec import Percent, TrainJob, TrainSpec
+from slideflow_ray.train.spec import Keep, Percent, TrainJob, TrainSpec
 from slideflow_ray.train.weights import find_weights
 
-RULES = {"loss": "lowest validation loss", "accuracy": "highest validation accuracy"}
+RULES = {"loss": "lowest validation loss", "accuracy": "highest validation accuracy", "dice": "highest validation Dice"}
 
 
 class SearchSpec(Spec):
@@ -59,18 +59,22 @@ class Candidate:
     accuracy: float
     auc: float | None
     epoch: int
+    dice: float | None = None
 
-    def rank(self, keep: Literal["loss", "accuracy"]) -> tuple[float, float]:
+    def rank(self, keep: Keep) -> tuple[float, float]:
         """Return what is lowest for the training that `keep` prefers, as among epochs."""
-        return rank(Validation(self.loss, self.accuracy, math.nan), keep)
+        return rank(Validation(self.loss, self.accuracy, math.nan, self.dice), keep)
 
-    def value(self, keep: Literal["loss", "accuracy"]) -> float:
+    def value(self, keep: Keep) -> float:
         """Return what was compared."""
-        return self.loss if keep == "loss" else self.accuracy
+        found = {"loss": self.loss, "accuracy": self.accuracy, "dice": self.dice}[keep]
+        return math.nan if found is None else found
 
     def to_json(self) -> dict[str, Any]:
         """Return what the record says of it; epochs count from 0 there."""
         found = {"val_loss": self.loss, "val_accuracy": self.accuracy, "val_auc": self.auc, "epoch": self.epoch}
+        if self.dice is not None:
+            found["val_dice"] = self.dice
         return {**self.settings, **found}
 
 
@@ -132,7 +136,7 @@ def _candidate(settings: Mapping[str, Any], best: EpochResult) -> Candidate:
     if best.val is None:
         raise ConfigError("A training without validation cannot be chosen.")
     auc = None if best.val.auc != best.val.auc else best.val.auc
-    return Candidate(settings, best.val.loss, best.val.accuracy, auc, best.epoch)
+    return Candidate(settings, best.val.loss, best.val.accuracy, auc, best.epoch, best.val.dice)
 
 
 def search(job: TrainJob, spec: SearchSpec, listen: Listener = silent) -> tuple[TrainResult, list[Candidate]]:
@@ -221,4 +225,4 @@ def _trial(config: dict[str, Any], given: Any) -> None:
     card = card_of(job.model_copy(update={"fit": spec}), data.targets)
     fit(card, spec, data.source("train"), data.source("val"), start=find_weights(spec).state, save=save)
     last = best[-1]
-    tune.report({"best": {"loss": last.loss, "accuracy": last.accuracy, "auc": last.auc, "epoch": last.epoch}})
+    tune.report({"best": {key: value for key, value in vars(last).items() if key != "settings"}})

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ from slideflow_ray.train.crew import ALONE, Crew
 from slideflow_ray.train.freeze import drop_before_head, freeze, trainable
 from slideflow_ray.train.masks import areas_of
 from slideflow_ray.train.pretrain import PretextNet, mean_parts, on_device, said_of, shown, views_of
-from slideflow_ray.train.spec import TrainSpec
+from slideflow_ray.train.spec import Keep, TrainSpec
 from slideflow_ray.train.tiles import LabelledSource, TileSource
 
 Pixels = npt.NDArray[np.uint8]
@@ -152,20 +152,22 @@ def fit(
     return Trained(card, best, tuple(history), best_epoch)
 
 
-def best_of(history: Sequence[EpochResult], keep: Literal["loss", "accuracy"] = "loss") -> int:
+def best_of(history: Sequence[EpochResult], keep: Keep = "loss") -> int:
     """Return the epoch to keep, the earlier of equals; the last one without validation.
 
-    keep : "loss" is the lowest validation loss; "accuracy" the highest accuracy, of equals the one of lower loss.
+    keep : "loss" is the lowest validation loss; "accuracy" the highest accuracy, "dice" the highest mean Dice, of
+    equals the one of lower loss.
     """
     ranks = [rank(result.val, keep) if result.val else (-result.epoch, 0.0) for result in history]
     return ranks.index(min(ranks))
 
 
-def rank(val: Validation, keep: Literal["loss", "accuracy"]) -> tuple[float, float]:
-    """Return what is lowest for the validation that `keep` prefers; an accuracy that is not defined comes last."""
+def rank(val: Validation, keep: Keep) -> tuple[float, float]:
+    """Return what is lowest for the validation that `keep` prefers; what is not defined comes last."""
     if keep == "loss":
         return val.loss, 0.0
-    return (math.inf if math.isnan(val.accuracy) else -val.accuracy), val.loss
+    value = val.accuracy if keep == "accuracy" else val.dice
+    return (math.inf if value is None or math.isnan(value) else -value), val.loss
 
 
 def is_over(spec: TrainSpec, history: list[EpochResult]) -> bool:

@@ -27,6 +27,7 @@ from slideflow_ray.stain import LAM, Method
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+Keep = Literal["loss", "accuracy", "dice"]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 RANDOM, IMAGENET = "random", "imagenet"
@@ -139,8 +140,9 @@ class TrainSpec(Spec):
     from the first on, keep their weights and batch norm statistics; in the first `head_epochs` all of them do and the
     head learns at `head_lr`. `sampling` "balanced" shows each class as often as the largest, by
     repeating tiles. `keep`: the epoch of lowest validation "loss" is kept, or of highest validation
-    "accuracy", of equals the one of lower loss. `patience`: epochs without a better one after which training
-    ends. `clip` bounds the gradient's norm. `device` "auto" takes a GPU where there is one;
+    "accuracy", or "dice" for a segmentation (few pixels that are surely wrong raise the loss of a network that
+    finds more of each class), of equals the one of lower loss. `patience`: epochs without a better one after which
+    training ends. `clip` bounds the gradient's norm. `device` "auto" takes a GPU where there is one;
     `threads` 0 leaves torch's choice. `precision` "auto" is bf16 autocast where the hardware has bf16 (ResNet-18
     trains 2.3 to 3.6 times as fast on such a CPU), else fp32; weights and optimiser stay in fp32 either way.
     `warmup`: epochs in which the rate climbs from 0 in a straight line. `pretext`: what is learnt without labels, for
@@ -169,7 +171,7 @@ class TrainSpec(Spec):
     class_weights: Literal["balanced", "none"] = "balanced"
     sampling: Literal["natural", "balanced"] = "natural"
     augment: AugmentSpec = AugmentSpec()
-    keep: Literal["loss", "accuracy"] = "loss"
+    keep: Keep = "loss"
     patience: Annotated[int, Field(ge=1)] | None = None
     clip: Positive | None = None
     seed: Annotated[int, Field(ge=0)] = 0
@@ -298,6 +300,8 @@ class TrainJob(Spec):
             raise ValueError('split.mode = "paper" is for whole images')
         if self.whole and self.task == "segment":
             raise ValueError('task = "segment" needs tiles, not whole images')
+        if self.task not in ("segment", "pretrain") and self.fit.keep == "dice":
+            raise ValueError(f'Dice is of segmentations, and the task is "{self.task}"; keep = "loss" or "accuracy"')
         if self.task == "segment" and self.fit.augment.mixup:
             raise ValueError("mixup mixes whole tiles, and a pixel of two tiles has no single class")
         if self.task == "multilabel" and (self.fit.sampling == "balanced" or self.sample.stride or self.sample.mine):
@@ -317,7 +321,7 @@ class TrainJob(Spec):
         if self.fit.architecture != "unet" and not self.fit.architecture.startswith("smp:"):
             raise ValueError(f'{self.fit.architecture} decodes nothing; pre-training is for "unet" or "smp:NAME"')
         if self.fit.keep != "loss":
-            raise ValueError('pre-training has no accuracy; keep = "loss"')
+            raise ValueError(f'pre-training has no {self.fit.keep}; keep = "loss"')
         if not self.fit.augment.changes_nothing:
             raise ValueError("pre-training draws its own views; set fit.augment = false")
         return self
