@@ -189,20 +189,25 @@ gave nothing: -0.07 on five seeds, by a script, with cells of 200 steps, in whic
 
 def unlabelled(folder: Path) -> Path:
     """Write micrographs to pre-train on, whose patients have names of their own."""
-    cohort = write_tem_cohort(folder, patients=UNLABELLED, images=1, size_px=(512, 512), nm_per_px=NM, seed=12)
+    cohort = write_tem_cohort(folder, patients=UNLABELLED, images=1, size_px=(512, 512), nm_per_px=NM, seed=14)
     rows = [row | {"patient_id": f"u{row['patient_id']}"} for row in csv.DictReader(cohort.open(newline=""))]
     return write_csv(cohort, rows)
 
 
 def test_the_table_of_source_002_at_128_px(tmp_path):
-    """One micrograph of 128 px each of 160 patients, 96 of them labelled for training; five seeds."""
-    cohort = write_tem_cohort(tmp_path / "tem", patients=160, images=1, size_px=(128, 128), nm_per_px=NM, seed=11)
-    fit = {"arguments": {"levels": 4, "width": 8}, "epochs": 16, "batch_size": 4, "lr": 4e-3, "warmup": 1}
+    """One micrograph of 128 px each of 160 patients, 96 of them labelled for training; five seeds.
+
+    The recipe was chosen on another cohort (seeds 11 and 12): cells of 384 steps of 4 end before a network tells the
+    sides of a wall apart, and after pre-training at lr 1e-3 they came out worse than from random weights.
+    """
+    cohort = write_tem_cohort(tmp_path / "tem", patients=160, images=1, size_px=(128, 128), nm_per_px=NM, seed=13)
+    fit = {"arguments": {"levels": 4, "width": 8}, "epochs": 18, "batch_size": 2, "lr": 4e-3, "warmup": 1}
     fit["class_weights"] = "balanced"  # else, in so few steps, some seeds find no endothelium at all
+    fit["keep"] = "dice"
     settings = training(cohort, 160, 16, **fit)
     told = {"methods": METHODS, "shares": SHARES, "seeds": SEEDS, "at_once": 2}
     told["cohort"] = str(unlabelled(tmp_path / "unlabelled"))
-    told["pretrain"] = {"epochs": 5, "batch_size": 16, "lr": 1e-3, "warmup": 1, "threads": 1}
+    told["pretrain"] = {"epochs": 4, "batch_size": 16, "lr": 4e-3, "warmup": 1, "threads": 1}
     (tmp_path / "train.toml").write_text(toml(settings | {"transfer": told}))
     _, seconds = stage(tmp_path, str(ROOT / "jobs" / "ultrastructure.py"), "train.toml", "--out", "table")
     found = json.loads((tmp_path / "table" / "transfer.json").read_text())
