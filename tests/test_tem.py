@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 
 from slideflow_ray.cli import main
 from slideflow_ray.cohort import read_cohort
-from slideflow_ray.phantoms.tem import CLASSES, MICROSCOPES, draw_micrograph, geojson, write_tem_cohort
+from slideflow_ray.phantoms.tem import CLASSES, MICROSCOPES, Microscope, draw_micrograph, geojson, write_tem_cohort
 
 SIZE = (420, 300)
 
@@ -26,6 +26,17 @@ def test_equal_arguments_draw_equal_pixels(drawn):
     assert again.pixels.shape == SIZE[::-1]
     np.testing.assert_array_equal(again.pixels, drawn[1].pixels)
     assert (draw_micrograph((5, 7), SIZE, 8.0).pixels != drawn[1].pixels).any()
+
+
+def test_podocytes_may_be_darker_and_nothing_else(drawn):
+    even = [
+        draw_micrograph((5, 1), SIZE, 8.0, 1, 320, microscope=Microscope(noise=0, blur=0), apart=a) for a in (0, 0.1)
+    ]
+    lower = even[0].pixels.astype(int) - even[1].pixels
+    podocytes = even[0].mask == 3
+    assert np.median(lower[podocytes]) == pytest.approx(25, abs=1)  # a tenth of 255
+    assert not lower[~podocytes & (even[0].mask > 0)].any()
+    np.testing.assert_array_equal(even[0].mask, even[1].mask)
 
 
 def test_thickness_is_that_of_the_mask(drawn):

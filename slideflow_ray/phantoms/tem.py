@@ -86,11 +86,13 @@ def draw_micrograph(
     thickness_nm: float = 350.0,
     contrast: float = 1.0,
     microscope: Microscope = MICROSCOPES[0],
+    apart: float = 0.0,
 ) -> Micrograph:
     """Draw a capillary wall; equal arguments give equal pixels.
 
     size_px : (width, height); granules : how many lie at the membrane; thickness_nm : the membrane's mean
     contrast : how dark granules are, from 0 (as the membrane) to 1
+    apart : by how much podocytes are darker than endothelium, of greys from 0 to 1; not at all, as tissue is, at 0
     """
     rng = np.random.default_rng(seed)
     um = nm_per_px / 1000
@@ -101,6 +103,7 @@ def draw_micrograph(
     _cells(rng, grey, mask, wall, um)
     for layer in (ENDOTHELIUM, PODOCYTES):
         _line(rng, grey, mask, wall, um, layer)
+    grey[mask == PODOCYTES.index] -= apart
     inside = np.abs(wall.away) < wall.thickness / 2
     grey[inside] = MEMBRANE + 0.03 * _rough(rng, size_px, 0.03 / um)[inside]
     mask[inside] = 1
@@ -336,18 +339,19 @@ def write_tem_cohort(
     seed: int = 0,
     contrast: tuple[float, float] = (0.7, 1.0),
     workers: int = 0,
+    apart: float = 0.0,
 ) -> Path:
     """Write micrographs with their truth; return cohort.csv.
 
     Half of the patients have granules (in every image of theirs, in varying number), split 6:2:2 by patient, each
     patient with a membrane of its own thickness and one of three microscopes. contrast : the range that the granules'
-    contrast is drawn from, image by image. Beside each image lie its mask as GeoJSON and NAME.truth.json: mean and
-    harmonic mean thickness in nm, granules and their contrast.
+    contrast is drawn from, image by image; apart : see `draw_micrograph`. Beside each image lie its mask as GeoJSON
+    and NAME.truth.json: mean and harmonic mean thickness in nm, granules and their contrast.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [
-        _Job(folder, seed, patient, number, _split(patient, patients), size_px, nm_per_px, contrast)
+        _Job(folder, seed, patient, number, _split(patient, patients), size_px, nm_per_px, contrast, apart)
         for patient in range(patients)
         for number in range(images)
     ]
@@ -364,6 +368,7 @@ class _Job:
     size_px: tuple[int, int]
     nm_per_px: float
     contrast: tuple[float, float]
+    apart: float
 
 
 def _split(patient: int, patients: int) -> Split:
@@ -382,7 +387,7 @@ def _write(job: _Job) -> dict[str, Any]:
     count = 1 + int(rng.poisson(1.5)) if job.patient % 2 else 0
     at = (job.seed, job.patient, job.number)
     contrast = float(rng.uniform(*job.contrast))
-    drawn = draw_micrograph(at, job.size_px, job.nm_per_px, count, thickness, contrast, MICROSCOPES[scope])
+    drawn = draw_micrograph(at, job.size_px, job.nm_per_px, count, thickness, contrast, MICROSCOPES[scope], job.apart)
     name = f"tem-{job.patient:03}-{job.number:02}"
     _write_files(job.folder / name, drawn, contrast)
     return {
