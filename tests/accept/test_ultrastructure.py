@@ -251,7 +251,7 @@ AT_5 = ["random", "usregcon"], [5]
 
 
 def test_pre_training_where_regions_of_one_kind_repel_each_other(tmp_path):
-    """The same but for negatives: masked, the semantic loss is soon 0.1, for a prototype's index tells regions apart."""
+    """The same but for negatives: masked, the semantic loss is soon 0.1, as the prototypes tell regions apart."""
     found, said = table_of(tmp_path, *AT_5, seed=15, negatives="all")
     note(FIGURES, "5 % of the labels, all negatives", said)
     assert len(gain_of(found, "usregcon", 5)["each"]) == SEEDS
