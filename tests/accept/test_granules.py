@@ -138,6 +138,7 @@ def test_maps_are_hot_at_granules(trained, compared, cohort):
     assert hidden["at a granule"] > hidden["by chance"]
 
 
+@pytest.mark.soak  # three times the training: pytest -m soak tests/accept/test_granules.py
 def test_folds_by_patient_side_by_side(cohort, tmp_path):
     """Three folds, one seed: figures of all patients, each predicted by models of the others."""
     path = write(tmp_path, "folds", cohort, "two-models", A)

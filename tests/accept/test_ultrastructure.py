@@ -250,6 +250,7 @@ def test_the_table_of_source_002_at_128_px(tmp_path):
 AT_5 = ["random", "usregcon"], [5]
 
 
+@pytest.mark.soak  # eleven minutes: pytest -m soak tests/accept/test_ultrastructure.py
 def test_pre_training_where_regions_of_one_kind_repel_each_other(tmp_path):
     """The same but for negatives: masked, the semantic loss is soon 0.1, as the prototypes tell regions apart."""
     found, said = table_of(tmp_path, *AT_5, seed=15, negatives="all")
@@ -257,6 +258,7 @@ def test_pre_training_where_regions_of_one_kind_repel_each_other(tmp_path):
     assert len(gain_of(found, "usregcon", 5)["each"]) == SEEDS
 
 
+@pytest.mark.soak  # eleven minutes: pytest -m soak tests/accept/test_ultrastructure.py
 def test_pre_training_where_grey_tells_the_cells_apart(tmp_path):
     """The same but for podocytes, which are darker than endothelium: what a network can find without labels."""
     found, said = table_of(tmp_path, *AT_5, seed=15, apart=APART)
