@@ -87,11 +87,10 @@ def test_what_fits_half_of_the_buffer_is_read_once(source, buffer_bytes, times, 
     real = tiles_module.read_chunk
     monkeypatch.setattr(tiles_module, "read_chunk", counted)
     source.buffer_bytes = buffer_bytes
+    sent = len(pickle.dumps(source))
     assert order(source, 0) != order(source, 1)
     assert read == {("a", 0): times, ("a", 1): times, ("b", 0): times}
-    sent = pickle.loads(pickle.dumps(source))
-    order(sent, 0)
-    assert read == {("a", 0): times + 1, ("a", 1): times + 1, ("b", 0): times + 1}, "pixels are not sent along"
+    assert len(pickle.dumps(source)) - sent < 100, "pixels are sent along to workers"
 
 
 def test_slides_are_mixed_within_a_batch(source):

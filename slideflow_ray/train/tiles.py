@@ -145,8 +145,8 @@ class LabelledChunk:
 class ChunkTiles:
     """Batches of labelled tiles, read through `pipeline.read_chunk`, the path that scoring takes.
 
-    A few chunks of different slides are held at a time and mixed, so memory stays below
-    `buffer_bytes` whatever the size of the cohort. What fits into half of that is read once and kept: a store a
+    A few chunks of different slides are held at a time and mixed, so their pixels stay below `buffer_bytes` whatever
+    the size of the cohort. A cohort whose pixels fit into half of that is read once and kept besides: a store a
     micrograph, opened anew in each epoch, took as long as a small network's steps. The order depends on
     (seed, epoch) alone.
 
